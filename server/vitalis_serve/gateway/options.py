@@ -1,0 +1,27 @@
+"""What a worker is told at its start, as one JSON document (`vitalis_serve.main` writes it, the worker decodes
+it with msgspec). The gateway must not reach pydantic, so this is its own small schema."""
+
+import msgspec
+
+
+class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Durations in seconds, sizes in bytes. `slots` of each replica travel with the fleet instead."""
+
+    name: str
+    snapshot_path: str  # keys and routes, written by control; read once at start
+    control_socket: str  # where control pushes snapshots and collects metrics
+    access_log_path: str = ""  # "" for none, "-" for standard error
+    max_header_bytes: int = 65_536
+    max_body_bytes: int = 8 << 20
+    max_bodies_bytes: int = 256 << 20
+    max_connections: int = 10_000
+    header_seconds: float = 10
+    body_seconds: float = 60
+    keepalive_seconds: float = 75
+    queue_requests: int = 1024
+    queue_seconds: float = 30
+    connect_seconds: float = 5
+    first_token_seconds: float = 120
+    idle_seconds: float = 60
+    client_stalled_seconds: float = 60
+    total_seconds: float = 1800

@@ -1,0 +1,54 @@
+"""Every metric of ours, in one list. Workers count in plain numbers; control renders them (`control/exposition.py`).
+
+A worker's report (JSON): {"counters": [[name, {label: value}, number]...], "gauges": the same,
+"histograms": [[name, {label: value}, [count per bucket, one more than bounds], sum]...]}; bucket counts are not cumulative.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+# Seconds; fine enough that the gateway's own 0.1 to 1 ms can be told apart.
+TIME_BUCKETS: Final = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    60.0, 120.0, 300.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+# Said by every worker, with a `worker` label added by control.
+WORKER_METRICS: Final = (
+    Metric("vitalis_requests_total", "counter", "Requests ended, by how.", ("route", "outcome", "code")),
+    Metric("vitalis_in_flight", "gauge", "Requests that hold a slot."),
+    Metric("vitalis_queued", "gauge", "Requests that wait for a slot."),
+    Metric("vitalis_open_contexts", "gauge", "Request contexts not yet released; 0 when idle, or something leaks."),
+    Metric("vitalis_client_connections", "gauge", "Open client connections."),
+    Metric("vitalis_upstream_connections", "gauge", "Engine connections by replica and state.", ("replica", "state")),
+    Metric("vitalis_replica_in_flight", "gauge", "Requests of this worker at each replica.", ("replica",)),
+    Metric("vitalis_shed_total", "counter", "Requests refused for want of room, by reason.", ("reason",)),
+    Metric("vitalis_retries_total", "counter", "Requests tried again on another connection or replica.", ("reason",)),
+    Metric("vitalis_upstream_failures_total", "counter", "Engine failures by kind.", ("replica", "kind")),
+    Metric("vitalis_prompt_tokens_total", "counter", "Prompt tokens, as engines counted.", ("route",)),
+    Metric("vitalis_completion_tokens_total", "counter", "Completion tokens, as engines counted.", ("route",)),
+    Metric("vitalis_access_log_dropped_total", "counter", "Access records dropped because the log was too slow."),
+    Metric("vitalis_event_loop_lag_seconds", "gauge", "How late the last timer of this worker fired."),
+    Metric("vitalis_body_bytes", "gauge", "Bytes of request bodies held."),
+    Metric("vitalis_first_byte_seconds", "histogram", "From a whole request to the first byte of its answer.", ("route",)),
+    Metric("vitalis_first_token_seconds", "histogram", "From a whole request to its first token.", ("route",)),
+    Metric("vitalis_request_seconds", "histogram", "From a whole request to the last byte of its answer.", ("route",)),
+    Metric("vitalis_queue_seconds", "histogram", "Time spent waiting for a slot.", ("route",)),
+)
+
+# Said by control itself.
+CONTROL_METRICS: Final = (
+    Metric("vitalis_replica_state", "gauge", "1 for the state each replica is in.", ("replica", "state")),
+    Metric("vitalis_replica_restarts_total", "counter", "Starts of each replica after its first.", ("replica",)),
+    Metric("vitalis_snapshot_version", "gauge", "Version of keys and routes in force, by worker.", ("worker",)),
+    Metric("vitalis_workers", "gauge", "Workers connected to control."),
+)
