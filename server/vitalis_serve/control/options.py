@@ -1,0 +1,33 @@
+"""What control is told at its start, as one JSON document: `vitalis_serve.main` writes it and
+`control/process.py` reads it. Plain types only: whoever starts control needs none of what control imports."""
+
+import msgspec
+
+
+class RouteOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A public model name and the engine model behind it."""
+
+    name: str
+    model: str
+
+
+class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Paths are absolute; their folders exist and are 0700. Port 0 lets the system choose: the address really
+    listened on is in the file `address_path`, one line (`http://127.0.0.1:8081`), while control runs.
+
+    supervisor_socket: where fleet commands go; "" when control runs without a supervisor.
+    apply_seconds: how long a change waits for the workers before it answers with `"applied": false`.
+    collect_seconds: how long a scrape waits for the workers' reports.
+    """
+
+    database_path: str  # <data_folder>/vitalis.db
+    snapshot_path: str  # <data_folder>/snapshot.json
+    token_path: str  # <data_folder>/control.token
+    address_path: str  # <data_folder>/control.address
+    control_socket: str  # run/control.sock
+    supervisor_socket: str = ""  # run/supervisor.sock
+    host: str = "127.0.0.1"
+    port: int = 8081
+    routes: tuple[RouteOptions, ...] = ()
+    apply_seconds: float = 1.0
+    collect_seconds: float = 1.0
