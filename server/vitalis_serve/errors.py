@@ -40,6 +40,16 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "idle_timeout": (504, "timeout_error"),
     "total_timeout": (504, "timeout_error"),
     "internal": (500, "internal_error"),
+    # only from control
+    "tenant_not_found": (404, "not_found_error"),
+    "key_not_found": (404, "not_found_error"),
+    "already_exists": (409, "conflict_error"),
+    "tenant_disabled": (409, "conflict_error"),
+    "fleet_refused": (409, "conflict_error"),
+    "authentication_failures": (429, "rate_limit_error"),
+    "supervisor_unavailable": (503, "overloaded_error"),
+    "store_unavailable": (503, "storage_error"),
+    "storage_full": (507, "storage_error"),
 }
 
 NEVER_RETRIED: Final = frozenset({"budget_spent", "first_token_timeout", "total_timeout"})
