@@ -1,16 +1,107 @@
 """The schema of `config/gpt-oss.yaml`: names, units, defaults and bounds. Loading and merging are elsewhere.
 
-Every model is frozen and refuses keys it does not know. Units stand in the names (`_seconds`, `_bytes`).
+Every model is frozen, maps and lists inside included, and refuses keys it does not know. Units stand in the
+names (`_seconds`, `_bytes`). What each key means is said once, in `config/gpt-oss.yaml`.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    model_validator,
+)
 
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+class FrozenMap(Mapping[str, Any]):
+    """A map that cannot be changed. `types.MappingProxyType` would do, but cannot be copied or pickled."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+    def __deepcopy__(self, memo: object) -> "FrozenMap":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenMap, (self._values,)
+
+
+def freeze(value: Any) -> Any:
+    """The same value with every mapping and list in it made read-only."""
+    if isinstance(value, Mapping):
+        return FrozenMap({key: freeze(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """The plain dicts and lists that `freeze` was given."""
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [thaw(item) for item in value]
+    return value
+
+
+def _no_truth_values(value: Any) -> Any:
+    # pydantic reads true as 1, and YAML reads `on` as true: `port: on` must not become port 1.
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _environment_text(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError('must be text: write "1" or "0", in quotes')
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _comma_list(value: Any) -> Any:
+    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _path(value: Any) -> Any:
+    return str(Path(value).expanduser()) if isinstance(value, str) else value
+
+
+Number = BeforeValidator(_no_truth_values)
+Whole = Annotated[int, Number]
+Seconds = Annotated[float, Number, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Pause = Annotated[float, Number, Field(ge=0, le=86_400, allow_inf_nan=False)]
+Count = Annotated[int, Number, Field(ge=1, le=1_000_000)]
+Port = Annotated[int, Number, Field(ge=0, le=65_535)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+ProfileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+Host = Annotated[str, StringConstraints(pattern=r"^[^\s/]{1,255}$")]
+Folder = Annotated[Path, BeforeValidator(_path)]
+EnvironmentValue = Annotated[str | None, BeforeValidator(_environment_text)]
+EngineArgs = Annotated[Mapping[str, Any], AfterValidator(freeze), PlainSerializer(thaw)]
+EngineEnv = Annotated[Mapping[str, EnvironmentValue], AfterValidator(freeze), PlainSerializer(thaw)]
+
+SOURCES = ("hub", "folder", "package", "build")
+_EMPTY = FrozenMap({})
 
 
 class Strict(BaseModel):
@@ -18,7 +109,7 @@ class Strict(BaseModel):
 
 
 class Deadlines(Strict):
-    """Five separate deadlines of one request (design section 8)."""
+    """Five separate deadlines of one request."""
 
     connect_seconds: Seconds = 5
     first_token_seconds: Seconds = 120
@@ -35,12 +126,12 @@ class Queue(Strict):
 
 
 class Gateway(Strict):
-    host: str = "0.0.0.0"
-    port: Annotated[int, Field(ge=0, le=65_535)] = 8080
-    workers: Annotated[int, Field(ge=1, le=64)] = 1
-    max_header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = 65_536
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
-    max_bodies_bytes: Annotated[int, Field(ge=1024)] = 256 << 20
+    host: Host = "0.0.0.0"
+    port: Port = 8080
+    workers: Annotated[int, Number, Field(ge=1, le=64)] = 1
+    max_header_bytes: Annotated[int, Number, Field(ge=1024, le=1 << 20)] = 65_536
+    max_body_bytes: Annotated[int, Number, Field(ge=1024)] = 8 << 20
+    max_bodies_bytes: Annotated[int, Number, Field(ge=1024)] = 256 << 20
     max_connections: Count = 10_000
     header_seconds: Seconds = 10
     body_seconds: Seconds = 60
@@ -49,10 +140,19 @@ class Gateway(Strict):
     deadlines: Deadlines = Deadlines()
     access_log: bool = True
 
+    @model_validator(mode="after")
+    def one_body_fits(self) -> "Gateway":
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_bodies_bytes ({self.max_bodies_bytes}) is below max_body_bytes ({self.max_body_bytes}):"
+                " the largest allowed body would never fit"
+            )
+        return self
+
 
 class Control(Strict):
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65_535)] = 8081
+    host: Host = "127.0.0.1"
+    port: Port = 8081
 
 
 class Model(Strict):
@@ -63,24 +163,22 @@ class Model(Strict):
     """
 
     name: Name = "gpt-oss-20b"
-    hub: str | None = None
-    revision: str | None = None
-    folder: Path | None = None
+    hub: Annotated[str, StringConstraints(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    revision: Name | None = None
+    folder: Folder | None = None
     package: Literal["smollm2-135m"] | None = None
     build: Literal["gpt-oss-tiny"] | None = None
 
     @model_validator(mode="after")
     def exactly_one_source(self) -> "Model":
-        given = [k for k in ("hub", "folder", "package", "build") if getattr(self, k) is not None]
+        given = [key for key in SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of hub, folder, package, build; found {', '.join(given) or 'none'}"
-            )
+            raise ValueError(f"give exactly one of {', '.join(SOURCES)}; found {', '.join(given) or 'none'}")
         return self
 
 
 class Restart(Strict):
-    """Back-off after a crash: first * 2^n with jitter, at most `max_seconds`; `failed` after `tries` in a row."""
+    """Back-off after a crash: first * 2^n with jitter, at most `max_seconds`; `failed` after `tries` crashes."""
 
     first_seconds: Seconds = 1
     max_seconds: Seconds = 60
@@ -89,10 +187,12 @@ class Restart(Strict):
 
 
 class Engines(Strict):
-    replicas: Annotated[int, Field(ge=0, le=1024)] = 1
-    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    replicas: Annotated[int, Number, Field(ge=0, le=1024)] = 1
+    tensor_parallel: Annotated[int, Number, Field(ge=1, le=64)] = 1
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    gpus: tuple[int, ...] | None = None
+    gpus: Annotated[tuple[Annotated[int, Number, Field(ge=0)], ...], BeforeValidator(_comma_list)] | None = (
+        None
+    )
     engine_python: str = "auto"
     slots: Count = 64
     start_seconds: Seconds = 900
@@ -100,32 +200,43 @@ class Engines(Strict):
     probe_seconds: Seconds = 2
     hung_seconds: Seconds = 60
     restart: Restart = Restart()
-    engine_args: dict[str, Any] = {}
-    engine_env: dict[str, str] = {}
+    engine_args: EngineArgs = _EMPTY
+    engine_env: EngineEnv = _EMPTY
 
 
 class Shutdown(Strict):
     """Stopping in order: settle (others learn that we are unready), then drain (what runs may finish)."""
 
-    settle_seconds: Annotated[float, Field(ge=0, le=3600)] = 0
-    drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 30
+    settle_seconds: Pause = 0
+    drain_seconds: Pause = 30
 
 
 class Route(Strict):
-    """A public model name and the engine model behind it."""
+    """A public model name and the engine model behind it (`model.name` where none is given)."""
 
     name: Name
     model: Name | None = None
 
 
 class Settings(Strict):
-    """What is in force: config/gpt-oss.yaml with its profile and the environment merged in."""
+    """What is in force: config/gpt-oss.yaml with its profile and the environment merged in.
 
-    profile: str = "auto"
-    data_folder: Path = Path("var")
+    Out of `settings.load`, `profile` is the one in force (never `auto`) and `routes` is never empty.
+    """
+
+    profile: ProfileName = "auto"
+    data_folder: Folder = Path("var")
     gateway: Gateway = Gateway()
     control: Control = Control()
     model: Model = Model(hub="openai/gpt-oss-20b")
     engines: Engines = Engines()
     shutdown: Shutdown = Shutdown()
     routes: tuple[Route, ...] = ()
+
+    @model_validator(mode="after")
+    def routes_differ(self) -> "Settings":
+        names = [route.name for route in self.routes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"routes name {', '.join(twice)} more than once")
+        return self

@@ -1,0 +1,234 @@
+"""Settings from file, profile and environment: what is merged, what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+from vitalis_serve.errors import ConfigurationError
+from vitalis_serve.settings import load, resolve
+from vitalis_serve.settings.hardware import GIB, GpuModel, profile_for
+
+CPU = {"VITALIS_PROFILE": "plain"}
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "plain.yaml").write_text("")
+
+    def write(text: str, profile: str | None = None) -> Path:
+        (tmp_path / "gpt-oss.yaml").write_text(text)
+        if profile is not None:
+            (tmp_path / "profiles" / "plain.yaml").write_text(profile)
+        return tmp_path / "gpt-oss.yaml"
+
+    return write
+
+
+def refusal(path: Path, environ: dict[str, str] = CPU) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        load(path, environ)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_later_layers_win_key_by_key(write):
+    path = write(
+        "gateway: {port: 1, workers: 2}\nengines: {engine_args: {a: 1, b: 2, max_num_seqs: 4}, slots: 1}\n",
+        "gateway: {port: 2}\nengines: {engine_args: {b: 3, --max-num-seqs: 8, c: null}}\n",
+    )
+    settings = load(path, CPU | {"VITALIS_GATEWAY_PORT": "3", "VITALIS_ENGINES_ENGINE_ARGS": '{"d": [1]}'})
+    assert (settings.gateway.port, settings.gateway.workers, settings.engines.slots) == (3, 2, 1)
+    assert settings.engines.engine_args == {"a": 1, "b": 3, "max-num-seqs": 8, "c": None, "d": (1,)}
+
+
+def test_place_names_the_layer_that_won(write):
+    path = write("gateway:\n  port: 1\n  host: 127.0.0.1\n", "gateway:\n\n  port: 2\n")
+    resolved = resolve(path, CPU | {"VITALIS_DATA_FOLDER": "/x"})
+    assert resolved.place(("gateway", "port")) == f"{path.parent}/profiles/plain.yaml:3"
+    assert resolved.place(("gateway", "host")) == f"{path}:3"
+    assert resolved.place(("data_folder",)) == "VITALIS_DATA_FOLDER"
+    assert resolved.place(("gateway", "workers")) == "default"
+    assert resolved.files == (path, path.parent / "profiles/plain.yaml")
+
+
+def test_routes_default_to_the_model(write):
+    assert load(write("model: {name: m}"), CPU).routes[0].model_dump() == {"name": "m", "model": "m"}
+    settings = load(write("model: {name: m}\nroutes: [{name: a}, {name: b, model: c}]"), CPU)
+    assert [(r.name, r.model) for r in settings.routes] == [("a", "m"), ("b", "c")]
+
+
+def test_settings_are_frozen_all_the_way(write):
+    settings = load(write("engines: {engine_args: {a: {b: [1]}}}"), CPU)
+    with pytest.raises(TypeError):
+        settings.engines.engine_args["a"]["b"] = 2  # type: ignore[index]
+    with pytest.raises(TypeError):
+        settings.engines.engine_args["a"]["b"][0] = 2
+    with pytest.raises(ValueError, match="frozen"):
+        settings.gateway.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("source", ["VITALIS_MODEL_FOLDER=/weights", "VITALIS_MODEL_BUILD=gpt-oss-tiny"])
+def test_a_source_replaces_the_source_below(write, source):
+    name, value = source.split("=")
+    model = load(write("model: {hub: a/b, revision: v1}"), CPU | {name: value}).model
+    assert (model.hub, model.revision) == (None, None)
+    assert value in (str(model.folder), model.build)
+
+
+def test_empty_variables_are_not_set(write):
+    assert load(write("gateway: {port: 5}"), CPU | {"VITALIS_GATEWAY_PORT": ""}).gateway.port == 5
+
+
+def test_empty_sections_and_empty_files_are_defaults(write):
+    assert load(write("gateway:\nengines:\n  restart:\n"), CPU) == load(write(""), CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("gatway: {port: 1}", ["gpt-oss.yaml:1: gatway is not a known key; did you mean gateway?"]),
+        ("gateway:\n  prot: 1", ["gpt-oss.yaml:2: gateway.prot", "did you mean gateway.port?"]),
+        ("gateway:\n  deadlines:\n    idle: 1", [":3: gateway.deadlines.idle", "idle_seconds?"]),
+        ("tensor_parallel: 2", [":1: tensor_parallel", "did you mean engines.tensor_parallel?"]),
+        ("engines:\n  max-num-seqs: 2", [":2: engines.max-num-seqs", "engines.engine_args"]),
+        ("routes:\n- name: a\n  modle: b", [":3: routes.0.modle", "did you mean routes.0.model?"]),
+        ("gateway:\n  port: 1\n  port: 2", [":3: gateway.port is given twice (first on line 2)"]),
+        ("gateway:\n  port: abc", [":2: gateway.port is 'abc'; it must be a whole number"]),
+        ("gateway: {port: 70000}", [":1: gateway.port is 70000; it must be at most 65535"]),
+        ("gateway:\n  port: on", [":2: gateway.port must be a number"]),
+        ("gateway: {port: 1.5}", ["gateway.port is 1.5; it must be a whole number"]),
+        ("gateway: 5", [":1: gateway is 5; it must be a section"]),
+        ("gateway: [1]", ["gateway is a list; it must be a section"]),
+        ("gateway: {idle: 1", ["not valid YAML"]),
+        ("- a\n- b", ["must be a mapping"]),
+        ("just text", ["must be a mapping"]),
+        ("{1: 2}", ["1 is not a known key"]),
+        ("? [a]\n: 1", [":1: a key must be plain text"]),
+        ("a: &x {b: *x}", ["refers to itself"]),
+        ("data_folder: !!python/name:os.system x", ["only plain values"]),
+        ("engines: {device: gpu}", ["engines.device is 'gpu'; it must be 'auto', 'cuda' or 'cpu'"]),
+        ("engines: {engine_env: {A: true}}", ['engines.engine_env.A must be text: write "1" or "0"']),
+        ("engines: {engine_args: [1]}", ["engines.engine_args is a list; it must be a map"]),
+        ("engines: {engine_args: {max_num_seqs: 1, max-num-seqs: 2}}", ["has --max-num-seqs twice"]),
+        (
+            "engines:\n  engine_args:\n    tensor_parallel_size: 2",
+            [":3: engines.engine_args.tensor-parallel-size", "engines.tensor_parallel"],
+        ),
+        ("model: {hub: a/b, folder: /x}", [":1: model: give exactly one of", "found hub, folder"]),
+        ("model:\n  hub: no-slash", ["model.hub is 'no-slash'; it must match"]),
+        ("routes: [{name: a}, {name: a}]", ["routes name a more than once"]),
+        ("routes: [{model: a}]", ["routes.0.name is missing"]),
+        ("shutdown: {drain_seconds: .inf}", ["shutdown.drain_seconds is inf"]),
+        ("shutdown: {drain_seconds: -1}", ["shutdown.drain_seconds is -1; it must be at least 0"]),
+        (
+            "gateway: {max_body_bytes: 2048, max_bodies_bytes: 1024}",
+            ["the largest allowed body would never fit"],
+        ),
+        (
+            "engines:\n  engine_env:\n    MY_API_KEY: changeme",
+            [":3: engines.engine_env.MY_API_KEY", "placeholder"],
+        ),
+        (
+            "engines: {engine_args: {api-key: <your key>}}",
+            ["engines.engine_args.api-key holds a placeholder"],
+        ),
+        ("profile: ../../etc/x", ["profile must be the name of a file"]),
+        ("profile: [x]", ["profile must be the name of a file"]),
+        ("a: " + "[" * 5000 + "]" * 5000, ["nested too deep"]),
+        ("a: \x01", ["not valid YAML"]),
+    ],
+)
+def test_bad_files_get_one_sentence(write, text, words):
+    environ = {} if text.startswith("profile") else CPU
+    message = refusal(write(text), environ)
+    for word in words:
+        assert word in message
+
+
+def test_a_bad_key_in_a_profile_names_the_profile(write):
+    assert "profiles/plain.yaml:2: engines.slot is not" in refusal(write("", "engines:\n  slot: 1\n"))
+    assert "a profile cannot name a profile" in refusal(write("", "profile: h100"))
+
+
+def test_missing_unreadable_and_binary_files(tmp_path, write):
+    assert "no such file" in refusal(tmp_path / "none.yaml")
+    assert "cannot be read" in refusal(tmp_path)
+    path = write("")
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in refusal(path)
+    path.write_bytes(b"#" * (1 << 20) + b"##")
+    assert "larger than" in refusal(path)
+
+
+def test_unknown_profile_names_the_nearest(write):
+    message = refusal(write(""), {"VITALIS_PROFILE": "plane"})
+    assert message.startswith("VITALIS_PROFILE: there is no profile plane in ")
+    assert message.endswith("did you mean plain?")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("VITALIS_GATEWAY_PROT", "did you mean VITALIS_GATEWAY_PORT?"),
+        ("VITALIS_QQQQQQQQ", "config/environment.env lists them all"),
+    ],
+)
+def test_unknown_variables_are_errors(write, name, words):
+    assert words in refusal(write(""), CPU | {name: "1"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        (
+            {"VITALIS_GATEWAY_PORT": "x"},
+            "VITALIS_GATEWAY_PORT: gateway.port is 'x'; it must be a whole number",
+        ),
+        ({"VITALIS_ENGINES_ENGINE_ARGS": "{"}, "VITALIS_ENGINES_ENGINE_ARGS: must be JSON"),
+        (
+            {"VITALIS_ENGINES_GPUS": "0,x"},
+            "VITALIS_ENGINES_GPUS: engines.gpus.1 is 'x'; it must be a whole number",
+        ),
+        ({"HF_TOKEN": "hf_xxxxxxxx"}, "HF_TOKEN holds a placeholder"),
+    ],
+)
+def test_bad_variables_are_named(write, environ, words):
+    assert words in refusal(write(""), CPU | environ)
+
+
+def test_gpus_are_read_from_a_comma_list(write):
+    assert load(write(""), CPU | {"VITALIS_ENGINES_GPUS": "0, 2"}).engines.gpus == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "profile"),
+    [
+        ("NVIDIA H200", 140, "h200"),
+        ("NVIDIA H100 80GB HBM3", 79.6, "h100"),
+        ("NVIDIA A100-SXM4-80GB", 80, "a100"),
+        ("NVIDIA A100-PCIE-40GB", 40, "l40s"),
+        ("NVIDIA L40S", 45, "l40s"),
+        ("NVIDIA GeForce RTX 4090", 24, "rtx-24gb"),
+        ("NVIDIA L4", 22.5, "rtx-24gb"),
+        ("NVIDIA GeForce RTX 4080", 16, "rtx-16gb"),
+        ("NVIDIA B200", 179, "h200"),
+    ],
+)
+def test_profile_by_gpu(name, gib, profile):
+    assert profile_for([GpuModel(name, int(gib * GIB))]) == profile
+
+
+def test_profile_is_the_smallest_gpu_and_refuses_tiny_ones():
+    assert profile_for([]) == "cpu-demo"
+    assert profile_for([GpuModel("NVIDIA H200", 140 * GIB), GpuModel("RTX 4090", 24 * GIB)]) == "rtx-24gb"
+    with pytest.raises(ConfigurationError, match="RTX 3060 has 12.0 GiB"):
+        profile_for([GpuModel("RTX 3060", 12 * GIB)])
+
+
+def test_auto_asks_for_gpus_and_says_why(write):
+    path = write("")
+    (path.parent / "profiles" / "h200.yaml").write_text("engines: {slots: 7}")
+    resolved = resolve(path, {}, gpus=lambda: [GpuModel("NVIDIA H200", 140 * GIB)])
+    assert (resolved.settings.profile, resolved.settings.engines.slots) == ("h200", 7)
+    assert resolved.profile_reason == "auto: 1 x NVIDIA H200"
