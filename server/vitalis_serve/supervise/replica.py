@@ -1,0 +1,365 @@
+"""The task that owns one replica: events in, `lifecycle.step`, actions out, every change published.
+
+How it works. One task (`run`) takes events from one queue and is the only writer of `life`. Beside it run the
+prober (asks the engine, says what it saw) and, while a process lives, its watcher (reads the keeper's
+channel, reaps, sweeps, says Exited). Probe results carry the incarnation they were about; those about an
+older one are dropped.
+"""
+
+import asyncio
+import logging
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from vitalis_serve.fleet import Replica, ReplicaState
+from vitalis_serve.supervise import lifecycle, orphans
+from vitalis_serve.supervise.child import Child, keep
+from vitalis_serve.supervise.lifecycle import Event, Kill, Life, Policy, Spawn, Terminate
+from vitalis_serve.supervise.output import Output
+
+logger = logging.getLogger(__name__)
+
+STARTING_PROBE_SECONDS = 0.5
+SUSPECT_PROBE_SECONDS = 0.5
+DRAINING_LOOK_SECONDS = 0.1
+MAX_PROBE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """One cheap look at a serving engine. `counters` change whenever it makes progress, and are only
+    compared.
+
+    refused: it said no (or nobody listens), rather than nothing in time.
+    """
+
+    healthy: bool
+    running: int = 0
+    counters: Hashable = None
+    refused: bool = False
+    reason: str = ""
+
+
+class Prober(Protocol):
+    """How to ask an engine, for those who know what engines are. Deadlines are `loop.time()` instants."""
+
+    async def answers(self, deadline: float) -> str:
+        """A real request: "" if the answer was right, else what was wrong."""
+
+    async def look(self, deadline: float) -> Sight:
+        """A cheap look."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """What one replica is. `argv` is None for an engine somebody else runs. `clear` waits until there is room
+    for another start (GPU memory of the last one seen free); `remedy` reads last log lines."""
+
+    name: str
+    address: str
+    models: tuple[str, ...]
+    slots: int
+    prober: Prober
+    policy: Policy
+    probe_seconds: float = 2.0
+    argv: tuple[str, ...] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    remedy: Callable[[Sequence[str]], str | None] = lambda _: None
+    clear: Callable[[], Coroutine[None, None, None]] | None = None
+
+
+class ReplicaTask:
+    """`in_flight` asks the workers how many requests they have there; `publish` tells everyone about a
+    change."""
+
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        *,
+        tree: str,
+        run_folder: Path,
+        output: Output,
+        publish: Callable[[], None],
+        in_flight: Callable[[str], Awaitable[int]],
+    ) -> None:
+        self.spec = spec
+        self.output = output
+        self.life = Life()
+        self.started_at: float | None = None
+        self.engine_pid: int | None = None
+        self._mark = f"{tree}:{spec.name}"
+        self._run_folder = run_folder
+        self._publish = publish
+        self._in_flight = in_flight
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._changed = asyncio.Event()
+        self._look_now = asyncio.Event()
+        self._child: Child | None = None
+        self._clearing: asyncio.Task[None] | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # For the supervisor
+
+    def post(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    def advise(self) -> None:
+        """Somebody could not reach it: look at once."""
+        self._look_now.set()
+
+    def snapshot(self) -> Replica:
+        life = self.life
+        return Replica(
+            self.spec.name,
+            self.spec.address,
+            life.state,
+            self.spec.models,
+            self.spec.slots,
+            life.incarnation,
+            life.detail,
+        )
+
+    async def until(self, wanted: Callable[[Life], bool], deadline: float | None = None) -> bool:
+        """Waits until its life is as wanted; False at the deadline (`loop.time()`)."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while not wanted(self.life):
+                    await self._changed.wait()
+        except TimeoutError:
+            return wanted(self.life)
+        return True
+
+    async def run(self) -> None:
+        """For ever; cancelled by its owner once at rest (else the keeper's channel closes and takes all
+        along)."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                tasks.create_task(self._probe_for_ever(), name=f"{self.spec.name} prober")
+                while True:
+                    await self._act_on(await self._next_event())
+        finally:
+            if self._child is not None:
+                self._child.close()
+            self.output.close()
+
+    # Events in, actions out
+
+    async def _next_event(self) -> Event:
+        try:
+            async with asyncio.timeout_at(self.life.deadline):
+                return await self._events.get()
+        except TimeoutError:
+            return lifecycle.Tick()
+
+    async def _act_on(self, event: Event) -> None:
+        was = self.life
+        self.life, actions = lifecycle.step(was, event, asyncio.get_running_loop().time(), self.spec.policy)
+        if self.life != was:
+            self._tell(was, event)
+        for action in actions:
+            await self._act(action)
+
+    def _tell(self, was: Life, event: Event) -> None:
+        life = self.life
+        if life.state is not was.state:
+            level = logging.WARNING if life.state in _TROUBLE else logging.INFO
+            logger.log(
+                level,
+                "%s: %s -> %s%s",
+                self.spec.name,
+                was.state,
+                life.state,
+                f" ({life.detail})" if life.detail else "",
+                extra={"replica": self.spec.name, "state": life.state, "event": type(event).__name__},
+            )
+            if life.state is ReplicaState.STARTING:
+                self.started_at = time.monotonic()
+            if life.state is ReplicaState.FAILED:
+                self._show_last_lines()
+        if (life.state, life.incarnation, life.detail, life.ending) != (
+            was.state,
+            was.incarnation,
+            was.detail,
+            was.ending,
+        ):
+            self._look_now.set()
+            self._publish()
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    def _show_last_lines(self) -> None:
+        for line in self.output.last_lines(10):
+            logger.error("%s said: %s", self.spec.name, line, extra={"replica": self.spec.name})
+
+    async def _act(self, action: Spawn | Terminate | Kill) -> None:
+        match action:
+            case Spawn():
+                await self._spawn()
+            case Terminate(seconds):
+                self._command(f"stop {seconds:g}")
+            case Kill(keeper=False):
+                self._command("kill")
+            case Kill(keeper=True) if self._child is not None:
+                logger.error("%s: its keeper did not end in time: killed", self.spec.name)
+                self._child.signal(signal.SIGKILL)
+
+    def _command(self, line: str) -> None:
+        if self._child is not None:
+            self._child.send(line)
+        elif self._clearing is not None:
+            self._clearing.cancel()
+
+    async def _spawn(self) -> None:
+        assert self.spec.argv is not None
+        assert self._child is None
+        assert self._tasks is not None
+        if self.spec.address.startswith("unix:"):
+            Path(self.spec.address.removeprefix("unix:")).unlink(missing_ok=True)  # vLLM leaves it behind
+        self.output.clear()
+        self._tasks.create_task(self._live(self.life.incarnation), name=f"{self.spec.name} process")
+
+    async def _live(self, incarnation: int) -> None:
+        """One process from its start until nothing of it is left."""
+        environment = {**self.spec.environment, orphans.VARIABLE: self._mark}
+        code: int | None = None
+        reason = ""
+        if incarnation > 1 and not await self._clear():
+            self.post(lifecycle.Exited(None, "asked to end before it had started"))
+            return
+        try:
+            assert self.spec.argv is not None
+            self._child = child = await keep(self.spec.argv, environment, self.output)
+        except OSError as exc:
+            self.post(lifecycle.Exited(None, f"could not start: {exc}", random.random()))  # noqa: S311
+            return
+        session = child.pid
+        orphans.note_session(self._run_folder, self.spec.name, session)
+        if self.life.ending:  # asked to end while it was being spawned
+            child.send("kill")
+        async for line in child.lines():
+            word, _, rest = line.partition(" ")
+            if word == "started":
+                self.engine_pid = int(rest)
+            elif word == "exited":
+                code = int(rest) if rest.lstrip("-").isdigit() else None
+                reason = self._why(code)
+            elif word == "error":
+                reason = f"could not start: {rest}"
+        keeper_code = await child.wait()
+        if not reason:
+            reason = f"its keeper ended (code {keeper_code}) before it"
+        _, left = await orphans.sweep(self._mark, {session})
+        if left:
+            logger.error("%s: processes that would not end: %s", self.spec.name, left)
+        self._child = None
+        self.engine_pid = None
+        child.close()
+        orphans.forget_session(self._run_folder, self.spec.name)
+        self.post(lifecycle.Exited(code, reason, random.random()))  # noqa: S311
+
+    async def _clear(self) -> bool:
+        """Waits for room; False if it was asked to end meanwhile."""
+        if self.spec.clear is not None:
+            assert self._tasks is not None
+            self._clearing = self._tasks.create_task(self.spec.clear())
+            await asyncio.wait({self._clearing})
+            self._clearing = None
+        return not self.life.ending
+
+    def _why(self, code: int | None) -> str:
+        if code is not None and code < 0:
+            how = f"killed by {_signal_name(-code)}"
+        else:
+            how = f"exited with code {code}, which nobody asked for"
+        lines = self.output.last_lines(50)
+        remedy = self.spec.remedy(lines)
+        if remedy:
+            return f"{how}. {remedy}"
+        return f"{how}; last line: {lines[-1][:200]}" if lines else how
+
+    # Probing
+
+    async def _probe_for_ever(self) -> None:
+        counters: tuple[int, Hashable] = (0, None)
+        while True:
+            self._look_now.clear()
+            life = self.life
+            began = asyncio.get_running_loop().time()
+            deadline = began + min(MAX_PROBE_SECONDS, max(2.0, self.spec.policy.hung_seconds / 4))
+            if life.ending or life.state in lifecycle.RESTING:
+                await self._look_now.wait()
+                continue
+            before = counters[1] if counters[0] == life.incarnation else None
+            try:
+                event, seen = await self._see(life, deadline, before)
+            except (
+                Exception
+            ) as exc:  # the boundary of one child: a probe that trips over an answer is a failed probe
+                logger.exception("%s: the probe failed", self.spec.name, extra={"replica": self.spec.name})
+                event, seen = lifecycle.ProbeFailed(f"the probe failed: {exc!r}"), before
+            counters = (life.incarnation, seen)
+            late = asyncio.get_running_loop().time() > deadline + 2  # we were paused, not the engine
+            if event is not None and not late and self._still(life):
+                self.post(event)
+            await self._pause()
+
+    async def _see(self, life: Life, deadline: float, before: Hashable) -> tuple[Event | None, Hashable]:
+        if life.state is ReplicaState.STARTING:
+            return await self._ask(deadline), before
+        if life.state is ReplicaState.DRAINING:
+            idle = await self._in_flight(self.spec.name) == 0
+            return lifecycle.Idle() if idle else None, before
+        return await self._look(deadline, before)
+
+    def _still(self, life: Life) -> bool:
+        """Whether what was seen is still about this: the same process, and not on its way elsewhere."""
+        now = self.life
+        return (now.incarnation, now.ending) == (life.incarnation, life.ending) and (
+            now.state is life.state or (now.state in lifecycle.SERVING and life.state in lifecycle.SERVING)
+        )
+
+    async def _pause(self) -> None:
+        state = self.life.state
+        seconds = {
+            ReplicaState.STARTING: STARTING_PROBE_SECONDS,
+            ReplicaState.SUSPECT: min(SUSPECT_PROBE_SECONDS, self.spec.probe_seconds),
+            ReplicaState.DRAINING: DRAINING_LOOK_SECONDS,
+        }.get(state, self.spec.probe_seconds)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._look_now.wait()
+        except TimeoutError:
+            return
+
+    async def _ask(self, deadline: float) -> Event:
+        wrong = await self.spec.prober.answers(deadline)
+        return lifecycle.ProbeFailed(wrong) if wrong else lifecycle.Answered()
+
+    async def _look(self, deadline: float, before: Hashable) -> tuple[Event, Hashable]:
+        sight = await self.spec.prober.look(deadline)
+        if not sight.healthy:
+            return lifecycle.ProbeFailed(sight.reason, sight.refused), before
+        at_gateway = await self._in_flight(self.spec.name)
+        moved = before is not None and sight.counters != before
+        working = sight.running > 0 or at_gateway > 0
+        if not moved and not working and self.life.state is ReplicaState.SUSPECT:
+            # Idle and silent proves nothing: a frozen engine looks like that. A real answer does.
+            return await self._ask(deadline), sight.counters
+        full = max(sight.running, at_gateway) >= self.spec.slots
+        return lifecycle.Observed(working, moved, full), sight.counters
+
+
+_TROUBLE = frozenset({ReplicaState.SUSPECT, ReplicaState.BACKOFF, ReplicaState.FAILED})
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
