@@ -15,6 +15,7 @@ class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Paths are absolute; their folders exist and are 0700. Port 0 lets the system choose: the address really
     listened on is in the file `address_path`, one line (`http://127.0.0.1:8081`), while control runs.
 
+    workers: how many workers there should be: a change is in force when so many have acknowledged it.
     supervisor_socket: where fleet commands go; "" when control runs without a supervisor.
     apply_seconds: how long a change waits for the workers before it answers with `"applied": false`.
     collect_seconds: how long a scrape waits for the workers' reports.
@@ -28,6 +29,7 @@ class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     supervisor_socket: str = ""  # run/supervisor.sock
     host: str = "127.0.0.1"
     port: int = 8081
+    workers: int = 0
     routes: tuple[RouteOptions, ...] = ()
     apply_seconds: float = 1.0
     collect_seconds: float = 1.0

@@ -1,0 +1,147 @@
+"""The control process: `python -m vitalis_serve.control.process OPTIONS.json`.
+
+Started by the supervisor, with the channel to it in VITALIS_SUPERVISOR_FD; without that variable it runs
+alone. Exit codes: 0 stopped, 2 unusable options, 3 could not start.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import uvicorn
+
+from vitalis_serve.control.access import Access, Failures, control_token
+from vitalis_serve.control.app import Control, create_app
+from vitalis_serve.control.files import publish, stage
+from vitalis_serve.control.options import ControlOptions
+from vitalis_serve.control.snapshots import Snapshots
+from vitalis_serve.control.supervision import Supervision
+from vitalis_serve.control.workers import Workers
+from vitalis_serve.errors import ConfigurationError, ServeError, StartError
+from vitalis_serve.store.records import Store
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs control until it is told to stop; returns the exit code."""
+    # The database, its journal and the sockets hold secrets or open the way to them.
+    os.umask(0o077)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        options = read_options(arguments)
+        asyncio.run(run(options))
+    except ConfigurationError as error:
+        sys.stderr.write(f"control: {error}\n")
+        return 2
+    except StartError as error:
+        sys.stderr.write(f"control: {error}\n")
+        return 3
+    return 0
+
+
+def read_options(arguments: list[str]) -> ControlOptions:
+    """Raises ConfigurationError."""
+    if len(arguments) != 1:
+        raise ConfigurationError("give one argument, the file with control's options")
+    try:
+        return msgspec.json.decode(Path(arguments[0]).read_bytes(), type=ControlOptions)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigurationError(f"the options in {arguments[0]} cannot be used: {error}") from error
+
+
+async def run(options: ControlOptions) -> None:
+    """Opens everything, serves until SIGTERM or SIGINT, closes everything. Raises StartError."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    access = Access(control_token(Path(options.token_path)), Failures())
+    listener = _bind(options.host, options.port)
+    supervision = Supervision(options.supervisor_socket)
+    workers = Workers()
+    async with contextlib.AsyncExitStack() as closing:
+        closing.callback(listener.close)
+        channel = os.environ.get("VITALIS_SUPERVISOR_FD")
+        if channel is not None:
+            # First of all, so that a slow migration is not taken for a hung process.
+            closing.callback(asyncio.create_task(supervision.run(int(channel))).cancel)
+        store = await Store.open(Path(options.database_path))
+        closing.push_async_callback(store.close)
+        snapshots = Snapshots(store, workers, Path(options.snapshot_path), options.routes)
+        workers.overtaken = snapshots.overtaken
+        try:
+            await snapshots.start()
+            await workers.listen(Path(options.control_socket))
+        except (ServeError, OSError) as error:
+            raise StartError(f"control cannot start: {error}") from error
+        closing.callback(Path(options.control_socket).unlink, missing_ok=True)
+        closing.callback(workers.close)
+        app = create_app(Control(options, store, workers, snapshots, supervision), access)
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=3,
+        )
+        with _address(Path(options.address_path), listener):
+            await _Server(config, stop, supervision).serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its ten wake-ups a second, and without its own ideas about signals."""
+
+    def __init__(self, config: uvicorn.Config, stop: asyncio.Event, supervision: Supervision) -> None:
+        super().__init__(config)
+        self._stop = stop
+        self._supervision = supervision
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def main_loop(self) -> None:
+        self._supervision.ready()
+        await self._stop.wait()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise StartError(
+            f"control cannot listen on {host} port {port}: {error.strerror}; stop what listens there or set "
+            "control.port to another"
+        ) from error
+
+
+@contextmanager
+def _address(path: Path, listener: socket.socket) -> Iterator[None]:
+    """Where control listens, told in a file for as long as it does."""
+    host, port = listener.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    shown = f"[{reachable}]" if ":" in reachable else reachable
+    try:
+        publish(stage(path, f"http://{shown}:{port}\n".encode()), path)
+    except OSError as error:
+        logger.warning("the address file cannot be written", extra={"reason": str(error)})
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""The bodies of control's HTTP API, as its OpenAPI document shows them. Each refusal is one sentence."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+
+from vitalis_serve.store.records import CLASSES, SCOPES, nearest
+
+_TEN_YEARS = 10 * 366 * 86_400
+
+
+def _class(value: str) -> str:
+    if value not in CLASSES:
+        raise ValueError(f"there is no class {value!r}{nearest(value, CLASSES)}")
+    return value
+
+
+def _scope(value: str) -> str:
+    if value not in SCOPES:
+        raise ValueError(f"there is no scope {value!r}{nearest(value, SCOPES)}")
+    return value
+
+
+def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+Name = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"),
+    Field(description="Letters, digits, dot, underscore, hyphen; at most 64."),
+]
+Class = Annotated[str, AfterValidator(_class), WithJsonSchema({"type": "string", "enum": list(CLASSES)})]
+Scope = Annotated[str, AfterValidator(_scope), WithJsonSchema({"type": "string", "enum": list(SCOPES)})]
+Notes = Annotated[str, StringConstraints(max_length=1000)]
+UnixSeconds = Annotated[int, Field(description="UTC, Unix seconds.")]
+
+
+class Body(BaseModel):
+    """What a caller sends: unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class NewTenant(Body):
+    name: Name
+    notes: Notes = ""
+
+
+class NewKey(Body):
+    tenant: Annotated[str, StringConstraints(max_length=64)]
+    name: Annotated[str, StringConstraints(max_length=128)] = ""
+    class_: Annotated[Class, Field(alias="class")] = "standard"
+    scopes: Annotated[tuple[Scope, ...], Field(min_length=1), AfterValidator(_unique)] = ("inference",)
+    routes: Annotated[
+        tuple[str, ...],
+        Field(min_length=1, description='Names of routes, or ["*"] for all there are and will be.'),
+        AfterValidator(_unique),
+    ] = ("*",)
+    notes: Notes = ""
+    expires_in_seconds: Annotated[int, Field(ge=1, le=_TEN_YEARS)] | None = None
+
+
+class Scale(Body):
+    replicas: Annotated[int, Field(ge=0, le=1024)]
+
+
+class Answer(BaseModel):
+    """What control answers."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class Tenant(Answer):
+    name: str
+    status: Literal["active", "disabled"]
+    notes: str
+    created_at: UnixSeconds
+
+
+class Key(Answer):
+    id: str
+    tenant: str
+    name: str
+    class_: Annotated[str, Field(alias="class")]
+    scopes: list[str]
+    routes: list[str]
+    notes: str
+    status: Literal["active", "expired", "revoked"]
+    created_at: UnixSeconds
+    expires_at: UnixSeconds | None
+    revoked_at: UnixSeconds | None
+
+
+class Applied(Answer):
+    """version: of the snapshot that holds the change. applied: whether the workers serve from it already."""
+
+    version: int
+    applied: bool
+
+
+class TenantChanged(Tenant, Applied):
+    pass
+
+
+class KeyChanged(Key, Applied):
+    pass
+
+
+class KeyCreated(KeyChanged):
+    key: Annotated[str, Field(description="The whole key. It is stored nowhere and shown only here.")]
+
+
+class Tenants(Answer):
+    tenants: list[Tenant]
+
+
+class Keys(Answer):
+    keys: list[Key]
+
+
+class Act(Answer):
+    id: int
+    at: UnixSeconds
+    who: str
+    action: str
+    subject: str
+    origin: str
+    details: dict[str, Any]
+
+
+class Acts(Answer):
+    audit: list[Act]
+
+
+class Replica(Answer):
+    name: str
+    address: str
+    state: str
+    models: list[str]
+    slots: int
+    incarnation: int
+    detail: str
+
+
+class Fleet(Answer):
+    version: int
+    replicas: list[Replica]
+
+
+class FleetDone(Answer):
+    message: str
+    progress: list[str]
+
+
+class Worker(Answer):
+    name: str
+    pid: int
+    version: int
+
+
+class StoreHealth(Answer):
+    ok: bool
+    detail: str
+
+
+class Health(Answer):
+    """status: ok, or degraded with a 503: no replica takes requests, no worker is there, or the store is
+    away."""
+
+    status: Literal["ok", "degraded"]
+    fleet: Fleet
+    workers: list[Worker]
+    snapshot_version: int
+    store: StoreHealth
+
+
+class Alive(Answer):
+    status: Literal["ok"]
+
+
+class ErrorFacts(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(Answer):
+    error: ErrorFacts
