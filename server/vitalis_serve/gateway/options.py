@@ -24,4 +24,6 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     first_token_seconds: float = 120
     idle_seconds: float = 60
     client_stalled_seconds: float = 60
+    upstream_idle_seconds: float = 60  # below the engines' own keep-alive (75 s for ours; 5 s by default)
+    workers: int = 1  # how many share the slots of each replica
     total_seconds: float = 1800

@@ -1,0 +1,1 @@
+"""The data plane. One request, in order: protocol -> paths -> keys -> body -> admission (routing) -> pool -> relay."""

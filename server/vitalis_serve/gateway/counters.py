@@ -1,0 +1,88 @@
+"""A worker's counts: plain numbers on the hot path, turned into `vitalis_serve.metrics`' report when control asks."""
+
+from bisect import bisect_left
+from collections import defaultdict
+from typing import Any
+
+from vitalis_serve.metrics import TIME_BUCKETS
+
+
+class Histogram:
+    """Counts per bucket (not cumulative, one more than there are bounds) and the sum, in seconds."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(TIME_BUCKETS) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(TIME_BUCKETS, seconds)] += 1
+        self.sum += seconds
+
+
+class RouteCounts:
+    __slots__ = (
+        "completion_tokens",
+        "ends",
+        "first_byte",
+        "first_token",
+        "prompt_tokens",
+        "queue",
+        "request",
+    )
+
+    def __init__(self) -> None:
+        self.ends: dict[tuple[str, str], int] = defaultdict(int)  # (outcome, code)
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.first_byte = Histogram()
+        self.first_token = Histogram()
+        self.request = Histogram()
+        self.queue = Histogram()
+
+
+class Counters:
+    """One per worker; every field has one writer, the event loop."""
+
+    def __init__(self) -> None:
+        self.routes: dict[str, RouteCounts] = defaultdict(RouteCounts)
+        self.open_contexts = 0
+        self.client_connections = 0
+        self.body_bytes = 0
+        self.loop_lag_seconds = 0.0
+        self.shed: dict[str, int] = defaultdict(int)
+        self.retries: dict[str, int] = defaultdict(int)
+        self.upstream_failures: dict[tuple[str, str], int] = defaultdict(int)
+
+    def report(self, extra_gauges: list[tuple[str, dict[str, str], float]], dropped: int) -> dict[str, Any]:
+        """The document of `vitalis_serve.metrics`; `extra_gauges` are those whose owners live elsewhere."""
+        counters: list[Any] = [["vitalis_access_log_dropped_total", {}, dropped]]
+        histograms: list[Any] = []
+        for route, counts in self.routes.items():
+            name = {"route": route}
+            for (outcome, code), n in counts.ends.items():
+                counters.append(["vitalis_requests_total", {**name, "outcome": outcome, "code": code}, n])
+            counters.append(["vitalis_prompt_tokens_total", name, counts.prompt_tokens])
+            counters.append(["vitalis_completion_tokens_total", name, counts.completion_tokens])
+            for metric, histogram in (
+                ("vitalis_first_byte_seconds", counts.first_byte),
+                ("vitalis_first_token_seconds", counts.first_token),
+                ("vitalis_request_seconds", counts.request),
+                ("vitalis_queue_seconds", counts.queue),
+            ):
+                histograms.append([metric, name, histogram.counts, histogram.sum])
+        counters += [["vitalis_shed_total", {"reason": r}, n] for r, n in self.shed.items()]
+        counters += [["vitalis_retries_total", {"reason": r}, n] for r, n in self.retries.items()]
+        counters += [
+            ["vitalis_upstream_failures_total", {"replica": replica, "kind": kind}, n]
+            for (replica, kind), n in self.upstream_failures.items()
+        ]
+        gauges: list[Any] = [
+            ["vitalis_open_contexts", {}, self.open_contexts],
+            ["vitalis_client_connections", {}, self.client_connections],
+            ["vitalis_event_loop_lag_seconds", {}, self.loop_lag_seconds],
+            ["vitalis_body_bytes", {}, self.body_bytes],
+            *([name, labels, value] for name, labels, value in extra_gauges),
+        ]
+        return {"counters": counters, "gauges": gauges, "histograms": histograms}

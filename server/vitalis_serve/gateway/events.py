@@ -1,0 +1,139 @@
+"""Server-sent events of the four streaming APIs: which one bears the first token, and where usage stands. Pure.
+
+vLLM answers 200 before prefill and announces itself early, so a stream is held back until an event that bears
+a token. Only those first events are parsed; afterwards bytes pass, and two searches per read (50 ns each on an
+event) find what must not be missed: usage, and an error inside a 200.
+"""
+
+from typing import Any, Final, Literal
+
+import msgspec
+
+Verdict = Literal["preamble", "token", "error", "end"]
+
+USAGE: Final = b'"usage":{'
+ERRORS: Final[dict[str, bytes]] = {
+    "chat": b'data: {"error":',
+    "completions": b'data: {"error":',
+    "responses": b"event: error",
+    "messages": b"event: error",
+}
+# How a stream of each dialect ends when it is whole; searched in its last bytes.
+ENDINGS: Final[dict[str, tuple[bytes, ...]]] = {
+    "chat": (b"data: [DONE]",),
+    "completions": (b"data: [DONE]",),
+    "responses": (
+        b'"type":"response.completed"',
+        b'"type":"response.incomplete"',
+        b'"type":"response.failed"',
+    ),
+    "messages": (b"event: message_stop", b'"type":"message_stop"'),
+}
+
+_decode = msgspec.json.Decoder().decode
+
+
+def data_of(event: bytes) -> bytes:
+    """The data of one event (without its blank line), b"" where it has none (a comment)."""
+    if event.startswith(b"data: ") and b"\n" not in event:
+        return event[6:]
+    lines = [line[5:].lstrip(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines)
+
+
+def judge(event: bytes, dialect: str) -> Verdict:
+    """What one whole event means for a stream that is still held back."""
+    data = data_of(event)
+    if not data:
+        return "preamble"
+    if data == b"[DONE]":
+        return "end"
+    try:
+        document = _decode(data)
+    except msgspec.DecodeError:
+        return "error"
+    if not isinstance(document, dict):
+        return "error"
+    if dialect in ("responses", "messages"):
+        return _judge_typed(str(document.get("type", "")))
+    return _judge_choices(document)
+
+
+def _judge_typed(kind: str) -> Verdict:
+    if kind == "error" or kind == "response.failed":
+        return "error"
+    if kind.endswith((".delta", "_delta", ".completed", ".incomplete")) or kind == "message_stop":
+        return "token"
+    return "preamble"
+
+
+def _judge_choices(document: dict[str, Any]) -> Verdict:
+    if "error" in document:
+        return "error"
+    choices = document.get("choices")
+    if not isinstance(choices, list):
+        return "error"
+    for choice in choices:
+        finish = choice.get("finish_reason")
+        if finish == "abort":
+            return "end"
+        if finish is not None or choice.get("text"):
+            return "token"
+        delta = choice.get("delta") or {}
+        if delta.get("content") or delta.get("reasoning") or delta.get("reasoning_content") or delta.get("tool_calls"):
+            return "token"
+    return "preamble"
+
+
+class Usage(msgspec.Struct):
+    """Tokens as the engine counted them; the names of the three APIs that report them."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+    @property
+    def prompt(self) -> int:
+        return self.prompt_tokens or self.input_tokens or 0
+
+    @property
+    def completion(self) -> int:
+        return self.completion_tokens or self.output_tokens or 0
+
+
+_usage_decode = msgspec.json.Decoder(Usage).decode
+
+
+def find_usage(payload: bytes) -> Usage | None:
+    """The last usage object in `payload`, None where there is none that is whole."""
+    at = payload.rfind(USAGE)
+    if at < 0:
+        return None
+    start = at + len(USAGE) - 1
+    depth, end = 0, start
+    # A usage object holds only numbers and small objects of numbers, so braces can be counted.
+    while True:
+        close = payload.find(b"}", end)
+        if close < 0:
+            return None
+        depth += payload.count(b"{", end, close) - 1
+        end = close + 1
+        if depth == 0:
+            break
+    try:
+        return _usage_decode(payload[start:end])
+    except msgspec.DecodeError:
+        return None
+
+
+def without_usage_event(payload: bytes) -> bytes:
+    """`payload` less the event with `"choices":[]` that include_usage adds; whole events only."""
+    if b'"choices":[]' not in payload:
+        return payload
+    kept = [
+        event
+        for event in payload.split(b"\n\n")
+        if not (b'"choices":[]' in event and USAGE in event and event.startswith(b"data: "))
+    ]
+    return b"\n\n".join(kept)

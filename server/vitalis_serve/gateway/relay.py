@@ -1,0 +1,659 @@
+"""One proxied request: the single object that owns everything of it, released exactly once.
+
+How it works: a relay is driven by callbacks, never by a task. Its client connection (`protocol.py`) hands it a
+whole request; `start` checks key and body, asks admission for a slot, and takes a connection from the pool. The
+engine connection then calls `on_engine_*`. Until something was relayed the answer is held back, so that a
+failure can still become another try or a proper status; from then on bytes pass as they come, and a failure
+becomes the API's own terminal event. Every way out goes through `_release`, which cannot wait.
+
+    receiving -> queued -> connecting -> waiting -> relaying -> done
+"""
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from vitalis_serve.errors import ServeError
+from vitalis_serve.gateway import events, headers, replies
+from vitalis_serve.gateway.access import Record
+from vitalis_serve.gateway.body import Body
+from vitalis_serve.gateway.paths import Api
+
+if TYPE_CHECKING:
+    from vitalis_serve.gateway.admission import Seat
+    from vitalis_serve.gateway.keys import Key
+    from vitalis_serve.gateway.pool import EngineConnection
+    from vitalis_serve.gateway.protocol import ClientConnection
+    from vitalis_serve.gateway.state import WorkerState
+
+RECEIVING, QUEUED, CONNECTING, WAITING, RELAYING, DONE = range(6)
+MAX_ATTEMPTS: Final = 3
+MAX_HELD_BYTES: Final = 1 << 20  # a plain answer larger than this is relayed while it comes
+MAX_PREAMBLE_BYTES: Final = 16 << 20  # Responses repeats the whole request in its first event
+_RETRIED_STATUSES: Final = frozenset({500, 502, 503})
+_EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
+
+
+class Relay:
+    __slots__ = (
+        "_attempt",
+        "_connection",
+        "_deadline",
+        "_encoded",
+        "_excluded",
+        "_fresh",
+        "_head",
+        "_held",
+        "_hide_usage",
+        "_idle_since",
+        "_last",
+        "_replica",
+        "_seat",
+        "_stale_retries",
+        "_state",
+        "_tail",
+        "_tries",
+        "_usage",
+        "api",
+        "body_bytes",
+        "bytes_out",
+        "client",
+        "first_at",
+        "headers",
+        "held_body_bytes",
+        "http_1_0",
+        "keep_alive",
+        "key",
+        "linger",
+        "method",
+        "model",
+        "path",
+        "phase",
+        "queued_at",
+        "queued_seconds",
+        "received_at",
+        "refusal",
+        "request_id",
+        "route",
+        "status",
+        "stream",
+    )
+
+    def __init__(self, client: "ClientConnection", state: "WorkerState") -> None:
+        self.client = client
+        self._state = state
+        self.phase = RECEIVING
+        self.method = b""
+        self.path = b""
+        self.headers: dict[bytes, bytes] = {}
+        self.http_1_0 = False
+        self.keep_alive = True
+        self.api: Api | None = None
+        self.key: Key | None = None
+        self.route = ""
+        self.model = ""
+        self.request_id = b""
+        self.refusal: ServeError | None = None
+        self.body_bytes = 0
+        self.held_body_bytes = 0
+        self.linger = False  # answered before the request was whole: the client gets time to read it
+        self.stream = False
+        self.status = 0
+        self.bytes_out = 0
+        self.received_at = 0.0
+        self.queued_at = 0.0
+        self.queued_seconds = 0.0
+        self.first_at = 0.0
+        self._encoded = b""
+        self._seat: Seat | None = None
+        self._replica = ""
+        self._connection: EngineConnection | None = None
+        self._attempt = 0
+        self._tries = 0
+        self._stale_retries = 0
+        self._excluded: frozenset[str] = frozenset()
+        self._held = b""
+        self._hide_usage = False
+        self._head = 0  # bytes of `_held` already judged
+        self._tail = b""  # the event still unfinished
+        self._last = b""  # the last whole events, for how the stream ended
+        self._usage = b""
+        self._fresh = True
+        self._idle_since = 0.0
+        self._deadline = 0.0
+        state.counters.open_contexts += 1
+
+    # -- from the client's side
+
+    @property
+    def dialect(self) -> str:
+        return self.api.dialect if self.api is not None else "plain"
+
+    def start(self, raw: bytes) -> None:
+        """The request is whole. `raw`: its body. Everything that can be refused is refused here."""
+        state = self._state
+        now = self.received_at = state.now()
+        self._deadline = now + state.options.total_seconds
+        api = self.api
+        assert api is not None
+        assert self.key is not None
+        body = Body(raw, api.dialect, streams=api.streams)
+        route = state.keys.route(self.key, body.model)
+        self.route, self.model = route.name, route.model
+        self.stream, self._hide_usage = body.stream, body.hide_usage
+        self._encoded = body.encode(route.model)
+        self._enter(now)
+
+    def cancel(self, outcome: str = "client_gone", code: str = "") -> None:
+        """The client is gone (or must go): the engine connection is closed at once, the slot given back."""
+        if self.phase != DONE:
+            self._release(outcome, code)
+
+    def cut(self, error: ServeError) -> None:
+        """Ends the request from our side, properly: an error answer, or a terminal event once relayed."""
+        if self.phase != DONE:
+            self._fail(error)
+
+    def pause(self) -> None:
+        if self._connection is not None:
+            self._connection.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._connection is not None:
+            self._connection.transport.resume_reading()
+
+    def check(self, now: float) -> None:
+        """The sweep's look at the deadlines, all absolute but idleness, which is noticed by `_fresh`."""
+        phase = self.phase
+        if phase in (RECEIVING, QUEUED, DONE):
+            return
+        if now >= self._deadline:
+            self._fail(ServeError("total_timeout", "The request took longer than is allowed in all."))
+        elif phase == WAITING and self.stream and now - self._idle_since >= self._state.options.first_token_seconds:
+            self._count_failure("first_token_timeout")
+            self._fail(ServeError("first_token_timeout", "The engine gave no first token in time."))
+        elif phase == RELAYING:
+            if self._fresh or self.client.paused_at:
+                self._fresh, self._idle_since = False, now
+            elif now - self._idle_since >= self._state.options.idle_seconds:
+                self._count_failure("idle_timeout")
+                self._fail(ServeError("idle_timeout", "The engine stopped in the middle of the answer."))
+
+    # -- admission
+
+    def _enter(self, now: float) -> None:
+        state = self._state
+        try:
+            seat = state.admission.enter(self, self.model, now, self._excluded)
+        except ServeError as error:
+            state.counters.shed[error.code] += 1
+            raise
+        if seat is None:
+            self.phase, self.queued_at = QUEUED, now
+        else:
+            self.on_slot(seat)
+
+    def on_slot(self, seat: "Seat") -> None:
+        """Admission granted a slot."""
+        state = self._state
+        if self.phase == DONE:  # the client left between the grant and this call: the slot goes on to the next
+            state.leave(seat)
+            return
+        if self.queued_at:
+            self.queued_seconds += state.now() - self.queued_at
+            self.queued_at = 0.0
+        self._seat = seat
+        self._replica = seat.replica.name
+        self._tries += 1
+        self._send()
+
+    def reply(self, document: Any, *, status: int = 200) -> None:
+        """A small answer of our own."""
+        self.status = status
+        answer = replies.json_reply(document, self.request_id, status=status, keep_alive=self.keep_alive)
+        if self.method == b"HEAD":
+            answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        self._write(answer)
+        self._release("ok", "")
+
+    def on_stranded(self) -> None:
+        """The last replica that held the model is gone while this waited in the queue."""
+        self.phase = WAITING  # no longer in the queue
+        self._fail(ServeError("no_ready_engine", "No engine is ready for this model just now.", retry_after=5))
+
+    def on_queue_timeout(self) -> None:
+        self._state.counters.shed["queue_timeout"] += 1
+        now = self._state.now()
+        self._fail(
+            ServeError(
+                "queue_timeout",
+                "No slot became free in time.",
+                retry_after=self._state.admission.retry_after(now),
+            )
+        )
+
+    def _send(self) -> None:
+        pool = self._state.pool(self._replica)
+        if pool is None:
+            self._again("engine_unreachable", "The replica was taken away.")
+            return
+        self._attempt += 1
+        connection = pool.take()
+        if connection is not None:
+            self._assign(connection)
+        else:
+            self.phase = CONNECTING
+            pool.open_for(self, self._attempt, self._state.now() + self._state.options.connect_seconds)
+
+    def _assign(self, connection: "EngineConnection") -> None:
+        api = self.api
+        assert api is not None
+        self.phase = WAITING
+        self._idle_since = self._state.now()
+        self._connection = connection
+        encoded = self._encoded
+        connection.assign(
+            self,
+            b"%bcontent-type: application/json\r\nx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b"
+            % (api.request_line, self.request_id, headers.forwarded(self.headers), len(encoded), encoded),
+        )
+        if self.client.paused_at:
+            connection.transport.pause_reading()
+
+    # -- from the engine's side
+
+    def on_connected(self, attempt: int, connection: "EngineConnection") -> None:
+        if attempt != self._attempt or self.phase != CONNECTING:
+            connection.pool.put_back(connection)  # the client left meanwhile; the connection is good
+        else:
+            self._assign(connection)
+
+    def on_connect_failed(self, attempt: int, reason: str) -> None:
+        if attempt == self._attempt and self.phase == CONNECTING:
+            self._count_failure("connect")
+            self._state.suspect(self._seat, reason)
+            self._again("engine_unreachable", "The engine could not be reached.")
+
+    def on_engine_data(self, payload: bytes, raw: bytes | None) -> None:
+        """Body bytes of one read. `raw`: the read itself where it is whole chunks of whole events."""
+        if self.phase == RELAYING:
+            self._fresh = True
+            if (
+                raw is not None
+                and not self._tail
+                and not self.http_1_0
+                and self.stream
+                and events.USAGE not in raw
+                and b'"error"' not in raw
+            ):
+                self._last = raw
+                self.bytes_out += len(raw)
+                self.client.write(raw)
+                return
+            if self.stream:
+                self._relay_events(payload)
+            else:
+                self._write_body(payload)
+            return
+        connection = self._connection
+        if connection is None:
+            return  # dropped while this very read was being handled
+        if self.stream and connection.status == 200:
+            self._hold_events(payload)
+            return
+        self._held += payload
+        if len(self._held) > MAX_HELD_BYTES and connection.status == 200:
+            self._relay_head(connection.content_type, connection.content_length)
+            held, self._held = self._held, b""
+            self._write_body(held)
+
+    def on_engine_end(self, payload: bytes, status: int, content_type: bytes) -> None:
+        """The engine's answer is whole and its connection back in the pool; so is the slot, however slow the
+        client may be."""
+        self._connection = None
+        self._leave()
+        if self.stream and status == 200:
+            self._end_stream(payload)
+            return
+        if self.phase == RELAYING:
+            self._end_large(payload)
+            return
+        body = self._held + payload if self._held else payload
+        if status == 200:
+            self._end_plain(body, content_type)
+        elif status in _RETRIED_STATUSES:
+            self._count_failure(f"status_{status}")
+            self._again("engine_protocol", f"The engine answered {status}: {_sentence(body)}")
+        else:
+            self._pass_on(status, body, content_type)
+
+    def on_engine_failed(self, kind: str, message: str) -> None:
+        """What came is no HTTP; the connection is still open."""
+        self._count_failure(kind)
+        if self._connection is not None:
+            self._connection.drop()
+            self._connection = None
+        self._again("engine_protocol", message)
+
+    def on_engine_lost(self, *, started: bool, reused: bool) -> None:
+        """The connection is gone before the answer was whole."""
+        self._connection = None
+        if reused and not started and not self._stale_retries and self.phase == WAITING:
+            # An idle connection that the engine closed just as it was used: costs nobody anything.
+            self._stale_retries += 1
+            self._state.counters.retries["stale_connection"] += 1
+            self._send()
+            return
+        self._count_failure("cut" if started else "reset")
+        self._state.suspect(self._seat, "connection lost")
+        self._again("engine_unreachable", "The connection to the engine was lost before its answer was whole.")
+
+    # -- holding back
+
+    def _hold_events(self, payload: bytes) -> None:
+        held = self._held = self._held + payload if self._held else payload
+        dialect = self.dialect
+        start = self._head
+        while (end := held.find(b"\n\n", start)) >= 0:
+            verdict = events.judge(held[start:end], dialect)
+            if verdict == "token":
+                self._begin_stream()
+                return
+            if verdict == "error":
+                self._in_stream_error(held[start:end])
+                return
+            if verdict == "end":
+                self._drop_connection()
+                self._count_failure("aborted")
+                self._again("engine_unreachable", "The engine ended its answer before the first token.")
+                return
+            start = end + 2
+        self._head = start
+        if len(held) > MAX_PREAMBLE_BYTES:
+            self._drop_connection()
+            self._again("engine_protocol", "The engine's answer does not begin.")
+
+    def _begin_stream(self) -> None:
+        """The first token is here: head and preamble go out with it, and the body is not needed any more."""
+        self._relay_head(_EVENT_STREAM, -1)
+        held, self._held = self._held, b""
+        self._relay_events(held)
+
+    def _in_stream_error(self, event: bytes) -> None:
+        """An error inside a 200, before anything was relayed: it gets its own status back."""
+        self._drop_connection()
+        data = events.data_of(event)
+        status = _status_of(data)
+        if 400 <= status < 500:
+            self._pass_on(status, data, b"application/json")
+        else:
+            self._count_failure("in_stream_error")
+            self._again("engine_protocol", f"The engine failed: {_sentence(data)}")
+
+    # -- relaying
+
+    def _relay_head(self, content_type: bytes, content_length: int) -> None:
+        """Writes the head; from here on there is no other status and no other try."""
+        now = self.first_at = self._state.now()
+        self.phase, self.status = RELAYING, 200
+        self._fresh = True
+        self._encoded = b""
+        self._state.give_back_body(self)
+        if content_length >= 0:
+            framing = b"content-length: %d\r\n" % content_length
+        elif self.http_1_0:
+            framing = b""
+            self.keep_alive = False
+        else:
+            framing = b"transfer-encoding: chunked\r\n"
+        if self.stream:
+            framing += b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
+        self._write(self._head_lines(200, content_type, now) + framing + b"\r\n")
+
+    def _head_lines(self, status: int, content_type: bytes, now: float) -> bytes:
+        began = self.received_at
+        line = (
+            b"%bcontent-type: %b\r\nx-request-id: %b\r\nx-vitalis-route: %b\r\n"
+            b"server-timing: queue;dur=%.1f, engine;dur=%.1f\r\n"
+            % (
+                replies.STATUS_LINES[status],
+                content_type or b"application/json",
+                self.request_id,
+                self.route.encode(),
+                self.queued_seconds * 1e3,
+                (now - began - self.queued_seconds) * 1e3,
+            )
+        )
+        if not self.keep_alive:
+            line += b"connection: close\r\n"
+        return line
+
+    def _relay_events(self, payload: bytes) -> None:
+        """Writes the whole events of `payload`, keeps the unfinished one."""
+        if self._tail:
+            payload = self._tail + payload
+        cut = payload.rfind(b"\n\n") + 2
+        if cut == 1:
+            self._tail = payload
+            return
+        self._tail = payload[cut:]
+        self._write_events(payload[:cut] if cut < len(payload) else payload)
+
+    def _write_events(self, whole: bytes) -> None:
+        if events.USAGE in whole:
+            self._usage = whole
+            if self._hide_usage:
+                whole = events.without_usage_event(whole)
+                if not whole:
+                    return
+        error = events.ERRORS[self.dialect]
+        if error in whole:
+            self._relay_engine_error(whole, whole.index(error))
+            return
+        self._last = whole
+        self._write_body(whole)
+
+    def _relay_engine_error(self, whole: bytes, at: int) -> None:
+        """The engine's own error event ends the stream; the `[DONE]` that vLLM sends after it would be a lie."""
+        end = whole.find(b"\n\n", at)
+        self._count_failure("in_stream_error")
+        self._write_body(whole[: end + 2])
+        self._drop_connection()
+        self._end_framing()
+        self._release("engine_error", "engine_protocol")
+
+    def _write_body(self, payload: bytes) -> None:
+        if not payload:
+            return
+        if self.http_1_0 or not self.stream:
+            self._write(payload)
+        else:
+            self._write(b"%x\r\n%b\r\n" % (len(payload), payload))
+
+    def _write(self, data: bytes) -> None:
+        self.bytes_out += len(data)
+        self.client.write(data)
+
+    def _end_framing(self) -> None:
+        if self.stream and not self.http_1_0:
+            self._write(b"0\r\n\r\n")
+        elif not self.stream:
+            self.keep_alive = False  # a length was promised and not kept: only closing says so
+
+    # -- endings
+
+    def _end_stream(self, payload: bytes) -> None:
+        """The engine has sent its last byte; whether the stream is whole is another question."""
+        if self.phase == WAITING:
+            self._hold_events(payload)
+            if self.phase == WAITING and not self._seat and self._tries and self._held:
+                self._count_failure("no_token")
+                self._again("engine_protocol", "The engine's stream ended before its first token.")
+                return
+            if self.phase != RELAYING:
+                return
+        elif payload:
+            self._relay_events(payload)
+            if self.phase != RELAYING:
+                return
+        if self._tail or not any(ending in self._last for ending in events.ENDINGS[self.dialect]):
+            self._count_failure("truncated")
+            self._fail(ServeError("engine_protocol", "The engine's stream ended before it was whole."))
+            return
+        if not self.http_1_0:
+            self._write(b"0\r\n\r\n")
+        self._release("ok", "")
+
+    def _end_plain(self, body: bytes, content_type: bytes) -> None:
+        if b'"finish_reason":"abort"' in body:
+            self._count_failure("aborted")
+            self._again("engine_unreachable", "The engine gave the request up.")
+            return
+        self._usage = body
+        self._answer(200, body, content_type)
+        self._release("ok", "")
+
+    def _end_large(self, payload: bytes) -> None:
+        self._usage = payload
+        self._write_body(payload)
+        self._release("ok", "")
+
+    def _pass_on(self, status: int, body: bytes, content_type: bytes) -> None:
+        """The engine's own refusal, in the dialect of the API."""
+        body = replies.engine_envelope(body, status, self.dialect, self.request_id.decode("latin-1"))
+        self._answer(status, body, content_type)
+        self._release("refused", f"engine_{status}")
+
+    def _answer(self, status: int, body: bytes, content_type: bytes) -> None:
+        """A whole answer in one write."""
+        now = self.first_at = self._state.now()
+        self.status = status
+        self._write(b"%bcontent-length: %d\r\n\r\n%b" % (self._head_lines(status, content_type, now), len(body), body))
+
+    def _again(self, code: str, message: str) -> None:
+        """Another replica, where nothing was relayed and tries are left; else the end."""
+        error = ServeError(code, message)
+        if self.phase == RELAYING or self._tries >= MAX_ATTEMPTS:
+            self._fail(error)
+            return
+        self._leave()
+        self._excluded |= {self._replica}
+        self._held, self._head = b"", 0
+        try:
+            self._enter(self._state.now())
+        except ServeError:
+            self._fail(error)
+        else:
+            self._state.counters.retries[code] += 1
+
+    def _fail(self, error: ServeError) -> None:
+        outcome = "engine_error" if self._tries else "refused"
+        if self.phase != RELAYING:
+            self.status = error.status
+            self._drop_connection()
+            allow = b""
+            if error.code == "method_not_allowed":
+                allow = b"POST" if self.api is not None else b"GET"
+            self._write(
+                replies.error_reply(error, self.dialect, self.request_id, keep_alive=self.keep_alive, allow=allow)
+            )
+        else:
+            outcome = "cut"
+            self._drop_connection()
+            if self.stream:
+                self._write_body(replies.terminal_event(error, self.dialect, self.request_id.decode("latin-1")))
+            self._end_framing()
+        self._release(outcome, error.code)
+
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.drop()
+
+    def _leave(self) -> None:
+        """Gives the slot back, if there is one to give."""
+        seat, self._seat = self._seat, None
+        if seat is not None:
+            self._state.leave(seat)
+
+    def _count_failure(self, kind: str) -> None:
+        self._state.counters.upstream_failures[self._replica, kind] += 1
+
+    def _release(self, outcome: str, code: str) -> None:
+        """The one exit. Nothing here can wait, so nothing can interrupt it."""
+        assert self.phase != DONE, "a request was released twice"
+        if self.phase == QUEUED:
+            self._state.admission.withdraw(self)
+        self.phase = DONE
+        self._attempt += 1  # a connection still being opened is nobody's now
+        self._encoded = self._held = b""
+        self._drop_connection()
+        self._leave()
+        self._state.give_back_body(self)
+        self._account(outcome, code)
+        self._state.counters.open_contexts -= 1
+        self.client.on_relay_done(self)
+
+    def _account(self, outcome: str, code: str) -> None:
+        state = self._state
+        counts = state.counters.routes[self.route]
+        counts.ends[outcome, code] += 1
+        began = self.received_at
+        usage = events.find_usage(self._usage) if self._usage else None
+        if usage is not None:
+            counts.prompt_tokens += usage.prompt
+            counts.completion_tokens += usage.completion
+        total = state.now() - began if began else 0.0
+        first = self.first_at - began if self.first_at else 0.0
+        if outcome == "ok":
+            counts.request.observe(total)
+            counts.first_byte.observe(first)
+            if self.stream:
+                counts.first_token.observe(first)
+            counts.queue.observe(self.queued_seconds)
+        if state.access.enabled:
+            key = self.key
+            state.access.add(
+                Record(
+                    time.time(),
+                    self.request_id.decode("latin-1"),
+                    self.method.decode("latin-1"),
+                    self.path.decode("latin-1")[:256],
+                    self.status,
+                    outcome,
+                    code,
+                    key.tenant if key is not None else "",
+                    key.id if key is not None else "",
+                    self.route,
+                    self._replica,
+                    self.stream,
+                    self._tries,
+                    round(self.queued_seconds * 1e3, 3),
+                    round(first * 1e3, 3),
+                    round(total * 1e3, 3),
+                    self.body_bytes,
+                    self.bytes_out,
+                    usage.prompt if usage is not None else 0,
+                    usage.completion if usage is not None else 0,
+                )
+            )
+
+
+def _status_of(data: bytes) -> int:
+    """The HTTP status that vLLM puts into an error event as `code`; 500 where there is none."""
+    try:
+        code = msgspec.json.decode(data)["error"]["code"]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return 500
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+def _sentence(body: bytes) -> str:
+    """The engine's own words, short; nothing of a request is in them but what the engine chose to repeat."""
+    try:
+        document = msgspec.json.decode(body)
+        message = document["error"]["message"] if isinstance(document, dict) else ""
+    except (msgspec.DecodeError, KeyError, TypeError):
+        message = ""
+    return str(message)[:300] or "no reason given"
