@@ -1,7 +1,7 @@
 """Speaks the supervisor's protocol like a worker or control does; standard library only.
 
-It writes every fleet it is told of to `<log>/<name>.fleets` (one JSON a line) and what it is told to do to `<name>.told`.
-Its in-flight counts come from the file `<log>/in_flight.json`, so that a test can change them.
+It writes every fleet it is told of to `<log>/<name>.fleets` (one JSON a line) and what it is told to do
+to `<name>.told`. Its in-flight counts come from the file `<log>/in_flight.json`, so that a test can change them.
 """
 
 import argparse

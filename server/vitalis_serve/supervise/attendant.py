@@ -135,9 +135,7 @@ class Attendant:
                 if code == 3 and not self.ready.is_set():
                     raise StartError(self._cannot_start(code))
                 quick_deaths = quick_deaths + 1 if time.monotonic() - began < QUICK_SECONDS else 0
-                delay = (
-                    0.0 if quick_deaths <= 1 else min(MAX_BACKOFF_SECONDS, 0.25 * 2 ** min(quick_deaths, 16))
-                )
+                delay = 0.0 if quick_deaths <= 1 else min(MAX_BACKOFF_SECONDS, 0.25 * 2 ** min(quick_deaths, 16))
                 self._mourn(code, why, delay)
                 await self._rest(delay)
         finally:
@@ -167,9 +165,7 @@ class Attendant:
             watchdog = tasks.create_task(self._watch(child))
             code = await child.wait()
             watchdog.cancel()
-            await asyncio.wait(
-                {listener}, timeout=1
-            )  # what it said last; a child of its own may hold the channel
+            await asyncio.wait({listener}, timeout=1)  # what it said last; a child of its own may hold the channel
             listener.cancel()
         self._child = None
         self._in_flight.clear()

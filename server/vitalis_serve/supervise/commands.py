@@ -13,9 +13,7 @@ class NotRunning(Exception):
     """No supervisor listens there, or it went away before it had answered."""
 
 
-def request(
-    path: Path | str, document: dict[str, Any], *, seconds: float | None = None
-) -> Iterator[dict[str, Any]]:
+def request(path: Path | str, document: dict[str, Any], *, seconds: float | None = None) -> Iterator[dict[str, Any]]:
     """Yields each answer as it comes; the last has `done`. `seconds` bounds each wait. Raises NotRunning."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
         channel.settimeout(seconds)

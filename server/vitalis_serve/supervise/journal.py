@@ -43,9 +43,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.replace(path, f"{path}.broken")
             return
-        self.desired = (
-            found if found.configured == configured else replace(self.desired, stopped=found.stopped)
-        )
+        self.desired = found if found.configured == configured else replace(self.desired, stopped=found.stopped)
 
     def write(self, **changes: Any) -> None:
         """Durable before it returns. Raises OSError (a full disk): the order must then not act."""

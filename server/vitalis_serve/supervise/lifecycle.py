@@ -257,9 +257,7 @@ def _end_drain(life: Life, now: float, policy: Policy, why: str) -> Step:
     # The keeper kills at stop_seconds by itself; the deadline here is for a keeper that does not.
     deadline = now + policy.stop_seconds + KILL_SECONDS
     detail = f"stopping: {why}" if why else "stopping"
-    return replace(life, ending=life.after, deadline=deadline, detail=detail), (
-        Terminate(policy.stop_seconds),
-    )
+    return replace(life, ending=life.after, deadline=deadline, detail=detail), (Terminate(policy.stop_seconds),)
 
 
 def _hasten(life: Life, now: float, policy: Policy) -> Step:

@@ -298,9 +298,7 @@ class ReplicaTask:
             before = counters[1] if counters[0] == life.incarnation else None
             try:
                 event, seen = await self._see(life, deadline, before)
-            except (
-                Exception
-            ) as exc:  # the boundary of one child: a probe that trips over an answer is a failed probe
+            except Exception as exc:  # the boundary of one child: a probe that trips over an answer is a failed probe
                 logger.exception("%s: the probe failed", self.spec.name, extra={"replica": self.spec.name})
                 event, seen = lifecycle.ProbeFailed(f"the probe failed: {exc!r}"), before
             counters = (life.incarnation, seen)

@@ -161,9 +161,7 @@ class Replicas:
         try:
             self._journal.write(**journal)
         except OSError as exc:
-            raise OrderError(
-                f"the order could not be noted in fleet.json ({exc.strerror}): nothing done"
-            ) from exc
+            raise OrderError(f"the order could not be noted in fleet.json ({exc.strerror}): nothing done") from exc
         self._order = what
         cut_short = False
         try:
@@ -187,16 +185,12 @@ class Replicas:
         if not 0 <= count <= 1024:
             raise OrderError(f"a fleet has 0 to 1024 replicas, not {count}")
         if any(not replica.spec.policy.owned for replica in self):
-            raise OrderError(
-                "the engines of this gateway were given by address: start it anew with other addresses"
-            )
+            raise OrderError("the engines of this gateway were given by address: start it anew with other addresses")
         before = len(self._tasks)
         specs_fit = self._check_room(before, count)
         if specs_fit:
             raise OrderError(specs_fit)
-        with self._carrying_out(
-            f"scale to {count}", replicas=count, order={"command": "scale", "replicas": count}
-        ):
+        with self._carrying_out(f"scale to {count}", replicas=count, order={"command": "scale", "replicas": count}):
             while len(self._tasks) > count:
                 replica = self._tasks[-1][0]
                 say(f"draining {replica.spec.name}")
@@ -227,9 +221,7 @@ class Replicas:
         """No new requests to it; what runs may end; then it stops and stays stopped until `restart`."""
         replica = self.find(name)
         stopped = tuple(sorted({*self._journal.desired.stopped, name}))
-        with self._carrying_out(
-            f"drain {name}", stopped=stopped, order={"command": "drain", "replica": name}
-        ):
+        with self._carrying_out(f"drain {name}", stopped=stopped, order={"command": "drain", "replica": name}):
             say(f"draining {name}")
             await self._drain_one(replica)
         return f"{name} is stopped, until it is restarted"
@@ -254,12 +246,7 @@ class Replicas:
     async def _drain_one(self, replica: ReplicaTask) -> None:
         policy = replica.spec.policy
         replica.post(lifecycle.Stop(policy.drain_seconds))
-        deadline = (
-            asyncio.get_running_loop().time()
-            + policy.drain_seconds
-            + policy.stop_seconds
-            + STOP_MARGIN_SECONDS
-        )
+        deadline = asyncio.get_running_loop().time() + policy.drain_seconds + policy.stop_seconds + STOP_MARGIN_SECONDS
         if not await replica.until(lambda life: life.state is ReplicaState.STOPPED, deadline):
             raise OrderError(f"{replica.spec.name} would not stop: {replica.life.detail}")
 
@@ -267,6 +254,4 @@ class Replicas:
         ends = {ReplicaState.READY, ReplicaState.BUSY, ReplicaState.FAILED, ReplicaState.STOPPED}
         await replica.until(lambda life: life.state in ends)
         if replica.life.state in (ReplicaState.FAILED, ReplicaState.STOPPED):
-            raise OrderError(
-                f"{replica.spec.name} did not come up: {replica.life.detail or replica.life.state}"
-            )
+            raise OrderError(f"{replica.spec.name} did not come up: {replica.life.detail or replica.life.state}")

@@ -62,9 +62,7 @@ class SupervisorOptions:
 class Supervisor:
     """`run` once. `opened` is set when the children have been started; `stop` may be called at any time."""
 
-    def __init__(
-        self, options: SupervisorOptions, *, relay: Callable[[str, str], None] | None = None
-    ) -> None:
+    def __init__(self, options: SupervisorOptions, *, relay: Callable[[str, str], None] | None = None) -> None:
         self.options = options
         self.host, self.port = options.host, options.port
         self.opened = asyncio.Event()
@@ -184,9 +182,7 @@ class Supervisor:
             assert self._data is not None
             fd = self._data.fileno()
             environment = {**spec.environment, DATA_VARIABLE: str(fd)}
-            self._workers.append(
-                self._attend(replace(spec, fds=(*spec.fds, fd), environment=environment), group)
-            )
+            self._workers.append(self._attend(replace(spec, fds=(*spec.fds, fd), environment=environment), group))
 
     def _attend(self, spec: AttendantSpec, group: asyncio.TaskGroup) -> Attendant:
         relay = self._relay
@@ -278,18 +274,14 @@ class Supervisor:
     async def _order(self, name: str, command: dict[str, Any], say: Callable[[str], None]) -> str:
         logger.info("order: %s", json.dumps(command))
         match name:
-            case "scale" if isinstance(command["replicas"], int) and not isinstance(
-                command["replicas"], bool
-            ):
+            case "scale" if isinstance(command["replicas"], int) and not isinstance(command["replicas"], bool):
                 return await self.replicas.scale(command["replicas"], say)
             case "drain":
                 return await self.replicas.drain(str(command["replica"]), say)
             case "restart":
                 chosen = command.get("replica")
                 return await self.replicas.restart(None if chosen is None else str(chosen), say)
-        raise OrderError(
-            f"there is no command {name} with these arguments: status, scale, drain, restart, stop"
-        )
+        raise OrderError(f"there is no command {name} with these arguments: status, scale, drain, restart, stop")
 
     def status(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -300,9 +292,7 @@ class Supervisor:
                 "pid": a.pid,
                 "state": a.state,
                 "restarts": max(0, a.starts - 1),
-                "uptime_seconds": 0
-                if a.pid is None or a.started_at is None
-                else round(now - a.started_at, 1),
+                "uptime_seconds": 0 if a.pid is None or a.started_at is None else round(now - a.started_at, 1),
                 "detail": "",
             }
             for a in self._attendants()
@@ -395,12 +385,8 @@ def bind(host: str, port: int) -> socket.socket:
                 "it), or set gateway.port to another."
             ) from exc
         if exc.errno == errno.EACCES:
-            raise StartError(
-                f"port {port} may not be opened by this user: set gateway.port to 1024 or above."
-            ) from exc
-        raise StartError(
-            f"cannot listen on {where} ({exc.strerror}): set gateway.host and gateway.port."
-        ) from exc
+            raise StartError(f"port {port} may not be opened by this user: set gateway.port to 1024 or above.") from exc
+        raise StartError(f"cannot listen on {where} ({exc.strerror}): set gateway.host and gateway.port.") from exc
     return data
 
 

@@ -1,0 +1,100 @@
+"""`vitalis-serve fleet status|scale|drain|restart`: asks the running supervisor over its command socket."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vitalis_serve.settings import load
+from vitalis_serve.supervise.commands import NotRunning, request
+from vitalis_serve.supervise.folders import run_folder
+
+CONFIG_HELP = "The configuration file; default: $VITALIS_CONFIG, else config/gpt-oss.yaml."
+Config = Annotated[Path | None, typer.Option("--config", envvar="VITALIS_CONFIG", help=CONFIG_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+commands = typer.Typer(no_args_is_help=True, help="See and change the running fleet.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(commands, name="fleet")
+
+
+@commands.command()
+def status(config: Config = None, as_json: Json = False) -> None:
+    """Every process of the tree and what it is doing."""
+    answer = _ask(config, {"command": "status"})
+    if as_json:
+        print(json.dumps({name: value for name, value in answer.items() if name not in ("done", "ok")}, indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("NAME", "KIND", "STATE", "PID", "RESTARTS", "UP", "DETAIL"):
+        table.add_column(title, overflow="fold")
+    for child in answer["children"]:
+        up = _duration(child["uptime_seconds"])
+        pid = "" if child["pid"] is None else str(child["pid"])
+        row = (child["name"], child["kind"], child["state"], pid, str(child["restarts"]), up, child["detail"])
+        table.add_row(*row)
+    console = Console()
+    console.print(table, markup=False)
+    console.print(f"gateway {_place(answer['gateway'])}   control {_place(answer['control'])}", markup=False)
+
+
+@commands.command()
+def scale(
+    replicas: Annotated[int, typer.Argument(min=0, max=1024, help="How many replicas there are to be.")],
+    config: Config = None,
+) -> None:
+    """Start or drain replicas until there are so many; kept over restarts."""
+    _order(config, {"command": "scale", "replicas": replicas})
+
+
+@commands.command()
+def drain(replica: Annotated[str, typer.Argument(help="For example engine-0.")], config: Config = None) -> None:
+    """No new requests there, let what runs end, stop it; it stays stopped until restarted."""
+    _order(config, {"command": "drain", "replica": replica})
+
+
+@commands.command()
+def restart(
+    replica: Annotated[str | None, typer.Argument(help="For example engine-0; all, in turn, if left out.")] = None,
+    config: Config = None,
+) -> None:
+    """Drain, stop and start replicas, one at a time."""
+    _order(config, {"command": "restart", "replica": replica})
+
+
+def _order(config: Path | None, command: dict[str, Any]) -> None:
+    print(_ask(config, command)["message"])
+
+
+def _ask(config: Path | None, command: dict[str, Any]) -> dict[str, Any]:
+    """The last answer; progress goes to standard error. Exits with 1 and one sentence where it fails."""
+    data_folder = load(config, os.environ).data_folder
+    answer: dict[str, Any] = {}
+    try:
+        for answer in request(run_folder(data_folder) / "supervisor.sock", command):
+            if not answer["done"]:
+                typer.echo(answer["message"], err=True)
+    except NotRunning as exc:
+        typer.echo(f"nothing runs on the data folder {data_folder} ({exc}): start it with `vitalis-serve up`", err=True)
+        raise typer.Exit(1) from exc
+    if not answer["ok"]:
+        typer.echo(answer["message"], err=True)
+        raise typer.Exit(1)
+    return answer
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _place(address: dict[str, Any]) -> str:
+    return f"{address['host']}:{address['port']}" if address.get("port") else "-"

@@ -1,0 +1,400 @@
+"""The composition root: Settings in, a tree of processes out. The only place that knows both supervise/ and
+engines/.
+
+    up        control, workers and engines on this host; engines' models are fetched first
+    gateway   control and workers before engines that are already there
+    engine    one supervised engine in the foreground, nothing in front of it
+
+Each returns the exit code, and raises ConfigurationError or StartError for the command line to report.
+"""
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from vitalis_serve import logs
+from vitalis_serve.control.options import ControlOptions, RouteOptions
+from vitalis_serve.engines import probe
+from vitalis_serve.engines.command import engine_command
+from vitalis_serve.engines.diagnosis import remedy
+from vitalis_serve.engines.environment import engine_python
+from vitalis_serve.engines.gpus import Inventory, read_inventory
+from vitalis_serve.engines.placement import place
+from vitalis_serve.errors import ConfigurationError, StartError
+from vitalis_serve.fleet import TAKES_REQUESTS, Fleet, ReplicaState
+from vitalis_serve.gateway.options import WorkerOptions
+from vitalis_serve.settings import Settings
+from vitalis_serve.supervise import folders, orphans
+from vitalis_serve.supervise.attendant import AttendantSpec
+from vitalis_serve.supervise.child import keep
+from vitalis_serve.supervise.lifecycle import Policy
+from vitalis_serve.supervise.output import Output
+from vitalis_serve.supervise.replica import ReplicaSpec, Sight
+from vitalis_serve.supervise.supervisor import Supervisor, SupervisorOptions
+from vitalis_serve.welcome import Welcome
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where everything of one data folder lies; all paths absolute, folders made."""
+
+    data: Path
+    run: Path
+
+    @property
+    def log(self) -> Path:
+        return self.data / "log"
+
+    @property
+    def control_address(self) -> Path:
+        return self.data / "control.address"
+
+
+def up(settings: Settings) -> int:
+    """Runs the whole until it is told to stop."""
+    place_ = _prepare(settings)
+    python = engine_python(settings.engines, os.environ)
+    inventory = read_inventory(os.environ)
+    place(settings, inventory)  # what cannot fit is said before anything starts
+    supervisor_options = _supervisor_options(settings, place_, replicas=settings.engines.replicas)
+
+    async def run() -> None:
+        supervisor = Supervisor(supervisor_options, relay=_relay())
+        welcome = Welcome(settings, place_.data, place_.control_address)
+
+        async def companion() -> None:
+            async with asyncio.TaskGroup() as group:
+                greeting = group.create_task(_greet(supervisor, welcome))
+                folder = await _prepare_model(settings, place_)
+                supervisor.open_fleet(functools.partial(_replica, settings, inventory, python, folder, place_))
+                await supervisor.replicas.until(_any_ready)
+                await greeting
+            welcome.show_requests(supervisor.host, supervisor.port)
+
+        await supervisor.run(companion)
+
+    asyncio.run(run())
+    return 0
+
+
+def gateway(settings: Settings, engines: Sequence[str]) -> int:
+    """Control and workers in front of engines that somebody else runs, at `engines` (http://host:port or
+    unix:PATH)."""
+    addresses = [_address(text) for text in engines]
+    if not addresses:
+        raise ConfigurationError("give at least one --engine, for example --engine http://127.0.0.1:8000")
+    place_ = _prepare(settings)
+    supervisor_options = _supervisor_options(settings, place_, replicas=len(addresses))
+
+    async def run() -> None:
+        supervisor = Supervisor(supervisor_options, relay=_relay())
+        welcome = Welcome(settings, place_.data, place_.control_address)
+
+        async def companion() -> None:
+            supervisor.open_fleet(functools.partial(_external, settings, addresses))
+            await _greet(supervisor, welcome)
+            await supervisor.replicas.until(_any_ready)
+            welcome.show_requests(supervisor.host, supervisor.port)
+
+        await supervisor.run(companion)
+
+    asyncio.run(run())
+    return 0
+
+
+def engine(settings: Settings) -> int:
+    """One engine, kept alive, in the foreground; 1 if it has failed for good."""
+    settings = _with_replicas(settings, 1)
+    place_ = _prepare(settings)
+    python = engine_python(settings.engines, os.environ)
+    inventory = read_inventory(os.environ)
+    place(settings, inventory)
+    options = SupervisorOptions(place_.data, place_.run, replicas=1, stop_seconds=settings.engines.stop_seconds)
+    failed = False
+
+    async def run() -> None:
+        supervisor = Supervisor(options, relay=_relay(always=True))
+
+        async def companion() -> None:
+            nonlocal failed
+            folder = await _prepare_model(settings, place_)
+            supervisor.open_fleet(functools.partial(_replica, settings, inventory, python, folder, place_))
+            await supervisor.replicas.until(lambda fleet: _any_ready(fleet) or _all_failed(fleet))
+            if _any_ready(supervisor.fleet):
+                logger.info("the engine answers at %s", supervisor.fleet.replicas[0].address)
+            await supervisor.replicas.until(_all_failed)
+            failed = True
+            supervisor.stop()
+
+        await supervisor.run(companion)
+
+    asyncio.run(run())
+    return 1 if failed else 0
+
+
+# What there is to run
+
+
+def _prepare(settings: Settings) -> Place:
+    data = settings.data_folder.absolute()
+    place_ = Place(data, folders.prepare(data))
+    try:
+        logs.configure(place_.log / "supervisor.log")
+    except OSError as exc:
+        raise StartError(f"{place_.log / 'supervisor.log'} cannot be written: {exc.strerror}.") from exc
+    return place_
+
+
+def _supervisor_options(settings: Settings, place_: Place, *, replicas: int) -> SupervisorOptions:
+    control_file = _write(place_.run / "control.json", _control_options(settings, place_))
+    workers = []
+    for index in range(settings.gateway.workers):
+        name = f"worker-{index}"
+        file = _write(place_.run / f"{name}.json", _worker_options(settings, place_, name))
+        argv = (sys.executable, "-m", "vitalis_serve.gateway.worker", str(file))
+        workers.append(AttendantSpec(name, "worker", argv, dict(os.environ)))
+    return SupervisorOptions(
+        data_folder=place_.data,
+        run_folder=place_.run,
+        host=settings.gateway.host,
+        port=settings.gateway.port,
+        replicas=replicas,
+        settle_seconds=settings.shutdown.settle_seconds,
+        drain_seconds=settings.shutdown.drain_seconds,
+        stop_seconds=settings.engines.stop_seconds,
+        workers=tuple(workers),
+        control=AttendantSpec(
+            "control",
+            "control",
+            (sys.executable, "-m", "vitalis_serve.control.process", str(control_file)),
+            dict(os.environ),
+        ),
+        control_address=lambda: _control_place(settings, place_),
+    )
+
+
+def _worker_options(settings: Settings, place_: Place, name: str) -> WorkerOptions:
+    gateway_, deadlines = settings.gateway, settings.gateway.deadlines
+    return WorkerOptions(
+        name=name,
+        snapshot_path=str(place_.data / "snapshot.json"),
+        control_socket=str(place_.run / "control.sock"),
+        access_log_path=str(place_.log / "access.jsonl") if gateway_.access_log else "",
+        max_header_bytes=gateway_.max_header_bytes,
+        max_body_bytes=gateway_.max_body_bytes,
+        max_bodies_bytes=gateway_.max_bodies_bytes,
+        max_connections=gateway_.max_connections,
+        header_seconds=gateway_.header_seconds,
+        body_seconds=gateway_.body_seconds,
+        keepalive_seconds=gateway_.keepalive_seconds,
+        queue_requests=gateway_.queue.max_requests,
+        queue_seconds=gateway_.queue.max_seconds,
+        connect_seconds=deadlines.connect_seconds,
+        first_token_seconds=deadlines.first_token_seconds,
+        idle_seconds=deadlines.idle_seconds,
+        client_stalled_seconds=deadlines.client_stalled_seconds,
+        total_seconds=deadlines.total_seconds,
+        workers=gateway_.workers,
+    )
+
+
+def _control_options(settings: Settings, place_: Place) -> ControlOptions:
+    return ControlOptions(
+        database_path=str(place_.data / "vitalis.db"),
+        snapshot_path=str(place_.data / "snapshot.json"),
+        token_path=str(place_.data / "control.token"),
+        address_path=str(place_.control_address),
+        control_socket=str(place_.run / "control.sock"),
+        supervisor_socket=str(place_.run / "supervisor.sock"),
+        host=settings.control.host,
+        port=settings.control.port,
+        routes=tuple(RouteOptions(r.name, r.model or settings.model.name) for r in settings.routes),
+    )
+
+
+def _write(path: Path, options: msgspec.Struct) -> Path:
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(options))
+    except OSError as exc:
+        raise StartError(f"{path} cannot be written: {exc.strerror}.") from exc
+    return path
+
+
+def _control_place(settings: Settings, place_: Place) -> dict[str, Any]:
+    try:
+        address = urlsplit(place_.control_address.read_text().strip())
+        return {"host": address.hostname, "port": address.port}
+    except (OSError, ValueError):
+        return {"host": settings.control.host, "port": settings.control.port}
+
+
+# Replicas
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProber:
+    """`supervise.replica.Prober` by way of `engines.probe`."""
+
+    address: str
+    model: str
+
+    async def answers(self, deadline: float) -> str:
+        result = await probe.answers(self.address, self.model, deadline)
+        return "" if result.ready else result.reason
+
+    async def look(self, deadline: float) -> Sight:
+        seen = await probe.progress(self.address, deadline)
+        return Sight(seen.healthy, seen.running, seen.counters, seen.refused, seen.reason)
+
+
+def _policy(settings: Settings, *, owned: bool) -> Policy:
+    engines, restart = settings.engines, settings.engines.restart
+    return Policy(
+        start_seconds=engines.start_seconds,
+        stop_seconds=engines.stop_seconds,
+        drain_seconds=settings.shutdown.drain_seconds,
+        hung_seconds=engines.hung_seconds,
+        backoff_first_seconds=restart.first_seconds,
+        backoff_max_seconds=restart.max_seconds,
+        tries=restart.tries,
+        steady_seconds=restart.steady_seconds,
+        owned=owned,
+    )
+
+
+def _replica(
+    settings: Settings, inventory: Inventory, python: Path, folder: Path, place_: Place, index: int
+) -> ReplicaSpec:
+    """Raises ConfigurationError where there is no room for one more."""
+    name = f"engine-{index}"
+    placements = place(_with_replicas(settings, max(index + 1, settings.engines.replicas)), inventory)
+    command = engine_command(
+        settings,
+        index,
+        placements[index],
+        folder,
+        place_.run / f"{name}.sock",
+        python=python,
+        family=_family(folder),
+    )
+    return ReplicaSpec(
+        name,
+        command.address,
+        (settings.model.name,),
+        settings.engines.slots,
+        EngineProber(command.address, settings.model.name),
+        _policy(settings, owned=True),
+        probe_seconds=settings.engines.probe_seconds,
+        argv=command.argv,
+        environment=command.env,
+        remedy=remedy,
+    )
+
+
+def _external(settings: Settings, addresses: Sequence[str], index: int) -> ReplicaSpec:
+    if index >= len(addresses):
+        raise ConfigurationError("the engines of this gateway were given by address; there are no more")
+    return ReplicaSpec(
+        f"engine-{index}",
+        addresses[index],
+        (settings.model.name,),
+        settings.engines.slots,
+        EngineProber(addresses[index], settings.model.name),
+        _policy(settings, owned=False),
+        probe_seconds=settings.engines.probe_seconds,
+    )
+
+
+def _with_replicas(settings: Settings, count: int) -> Settings:
+    return settings.model_copy(update={"engines": settings.engines.model_copy(update={"replicas": count})})
+
+
+def _family(folder: Path) -> str | None:
+    """The model's architecture by its own word; None where it does not say."""
+    try:
+        family = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return family if isinstance(family, str) else None
+
+
+def _address(text: str) -> str:
+    """An engine's address as the fleet writes it. Raises ConfigurationError."""
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        return f"unix:{Path(text.removeprefix('unix:')).absolute()}"
+    try:
+        url = urlsplit(text)
+        port = url.port or 80
+    except ValueError:
+        url, port = urlsplit(""), 0
+    if url.scheme != "http" or not url.hostname or url.path.strip("/") or url.query:
+        raise ConfigurationError(f"--engine {text} is no engine's address: give http://HOST:PORT or unix:/PATH")
+    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+    return f"http://{host}:{port}"
+
+
+# Beside the children
+
+
+def _relay(*, always: bool = False) -> Callable[[str, str], None] | None:
+    """Children's lines into our own log, where that is what people read: not on a terminal, which has
+    var/log/."""
+    if sys.stderr.isatty() and not always:
+        return None
+    lines = logging.getLogger("vitalis_serve.child")
+    return lambda name, line: lines.info("%s", line, extra={"child": name, "engine": name})
+
+
+async def _greet(supervisor: Supervisor, welcome: Welcome) -> None:
+    assert supervisor.control is not None
+    await supervisor.control.ready.wait()
+    await asyncio.to_thread(welcome.first_key)
+
+
+async def _prepare_model(settings: Settings, place_: Place) -> Path:
+    """Fetches and converts the model in a process that ends with us. Raises ConfigurationError,
+    StartError."""
+    result = place_.run / "model.path"
+    result.unlink(missing_ok=True)
+    file = place_.run / "model.json"
+    file.write_text(settings.model_dump_json())
+    output = Output(place_.log / "model.log", _show_progress)
+    argv = [sys.executable, "-m", "vitalis_serve.preparation", str(file), str(result)]
+    mark = {orphans.VARIABLE: f"{folders.tree_name(place_.data)}:model"}
+    child = await keep(argv, {**os.environ, **mark}, output)
+    try:
+        async for _ in child.lines():
+            pass
+        await child.wait()
+    finally:
+        child.close()
+        output.close()
+    if not result.exists():
+        said = output.last_lines(1)
+        raise StartError(f"the model could not be prepared: {said[0] if said else 'see ' + str(place_.log)}")
+    return Path(result.read_text())
+
+
+def _show_progress(line: str) -> None:
+    logger.info("model: %s", line)
+
+
+def _any_ready(fleet: Fleet) -> bool:
+    return any(replica.state in TAKES_REQUESTS for replica in fleet.replicas)
+
+
+def _all_failed(fleet: Fleet) -> bool:
+    return all(replica.state is ReplicaState.FAILED for replica in fleet.replicas)

@@ -1,0 +1,41 @@
+"""Getting the model, in a process of its own: `python -m vitalis_serve.preparation SETTINGS.json RESULT`.
+
+Downloading and converting block for minutes and start processes themselves; below a keeper all of it ends at
+once with Ctrl-C. Progress on standard output; the model's folder is written to RESULT; exit codes as
+everywhere.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from vitalis_serve.engines import models
+from vitalis_serve.engines.environment import cache_folder, engine_python
+from vitalis_serve.errors import ConfigurationError, StartError
+from vitalis_serve.settings import Settings
+
+
+def main(arguments: list[str]) -> int:
+    source, result = (Path(argument) for argument in arguments)
+    settings = Settings.model_validate_json(source.read_text())
+    try:
+        folder = _ensure(settings)
+    except (ConfigurationError, StartError, OSError) as exc:
+        sys.stdout.write(f"{exc}\n")
+        return 2 if isinstance(exc, ConfigurationError) else 3
+    result.write_text(str(folder))
+    return 0
+
+
+def _ensure(settings: Settings) -> Path:
+    python = engine_python(settings.engines, os.environ)
+    return models.ensure(settings.model, cache_folder(os.environ), python, _show)
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

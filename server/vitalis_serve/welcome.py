@@ -1,0 +1,107 @@
+"""What a person needs after the first start: a tenant, a key shown once, and two requests that work when
+pasted."""
+
+import http.client
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+from vitalis_serve.errors import StartError
+from vitalis_serve.settings import Settings
+
+FIRST_KEY = "first-key"
+QUESTION = "What is the capital of France?"
+
+
+class Welcome:
+    """Talks to control once; `screen` is where people read (standard output)."""
+
+    def __init__(
+        self, settings: Settings, data_folder: Path, control_address: Path, screen: TextIO | None = None
+    ) -> None:
+        self._model = settings.routes[0].name if settings.routes else settings.model.name
+        self._data_folder = data_folder
+        self._control_address = control_address
+        self._screen = sys.stdout if screen is None else screen
+        self._key = ""
+
+    def first_key(self) -> None:
+        """Where there is no tenant yet: makes `default` and a key, shown on a terminal, else kept in a 0600
+        file.
+
+        Blocking. Raises StartError.
+        """
+        if self._ask("GET", "/v1/tenants")["tenants"]:
+            return
+        self._ask("POST", "/v1/tenants", {"name": "default"})
+        made = self._ask("POST", "/v1/keys", {"tenant": "default", "name": "first"})
+        if self._screen.isatty():
+            self._key = made["key"]
+            self._say(f"\nThe first key, of tenant default; it is not shown again:\n\n    {self._key}\n")
+            return
+        path = self._data_folder / FIRST_KEY
+        try:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(made["key"] + "\n")
+        except OSError as exc:
+            raise StartError(f"the first key could not be written to {path}: {exc.strerror}.") from exc
+        self._say(f"The first key, of tenant default, is in {path} (readable by this user only).")
+
+    def show_requests(self, host: str, port: int) -> None:
+        """A curl line and a Python snippet for the gateway at `host`:`port`."""
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        url = f"http://{reachable}:{port}/v1"
+        in_shell, in_python = self._key_as_words()
+        body = json.dumps({"model": self._model, "messages": [{"role": "user", "content": QUESTION}]})
+        self._say(
+            f"""
+Ready. Try it:
+
+curl -s {url}/chat/completions -H "Authorization: Bearer {in_shell}" -H "Content-Type: application/json" -d
+{shlex.quote(body)}
+
+or, with `pip install openai`, in Python:
+
+import os
+from openai import OpenAI
+client = OpenAI(base_url="{url}", api_key={in_python})
+answer = client.chat.completions.create(model="{self._model}", messages=[{{"role": "user", "content":
+"{QUESTION}"}}]) print(answer.choices[0].message.content)
+"""
+        )
+
+    def _key_as_words(self) -> tuple[str, str]:
+        """The key as a shell and as Python take it: itself only where it was just shown on this terminal."""
+        path = self._data_folder / FIRST_KEY
+        if self._key:
+            return self._key, json.dumps(self._key)
+        if path.exists():
+            return f"$(cat {shlex.quote(str(path))})", f"open({json.dumps(str(path))}).read().strip()"
+        return "$VITALIS_KEY", 'os.environ["VITALIS_KEY"]'
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            address = urlsplit(self._control_address.read_text().strip())
+            token = (self._data_folder / "control.token").read_text().strip()
+            connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=10)
+            try:
+                headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+                connection.request(method, path, None if body is None else json.dumps(body), headers)
+                response = connection.getresponse()
+                answer = json.loads(response.read())
+            finally:
+                connection.close()
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            raise StartError(f"control did not answer when the first key was to be made: {exc}") from exc
+        if response.status >= 400 or not isinstance(answer, dict):
+            raise StartError(f"control refused to make the first key ({response.status}): {answer}")
+        return answer
+
+    def _say(self, text: str) -> None:
+        self._screen.write(text + "\n")
+        self._screen.flush()
