@@ -35,6 +35,7 @@ class EngineConnection(asyncio.Protocol):
         "_complete",
         "_feed",
         "_head_bytes",
+        "_keep_alive",
         "_parser",
         "content_length",
         "content_type",
@@ -67,6 +68,7 @@ class EngineConnection(asyncio.Protocol):
         self.in_body = False
         self._complete = False
         self._boundary = False
+        self._keep_alive = False
         self._head_bytes = 0
 
     # -- asyncio.Protocol
@@ -121,7 +123,7 @@ class EngineConnection(asyncio.Protocol):
         self.relay = None
         self.served += 1
         content_type = self.content_type
-        if self.usable and self._parser.should_keep_alive():
+        if self.usable and self._keep_alive:
             self._reset()
             self.pool.put_back(self)
         else:
@@ -154,6 +156,7 @@ class EngineConnection(asyncio.Protocol):
             return
         self.status = status
         self.in_body = True
+        self._keep_alive = self._parser.should_keep_alive()  # after the message it is always False
 
     def on_body(self, body: bytes) -> None:
         self._chunks.append(body)

@@ -1,0 +1,150 @@
+"""A real worker process without a supervisor around it: the test plays the supervisor on its socket pair."""
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from vitalis_serve.fleet import Fleet, Replica, ReplicaState
+from vitalis_serve.gateway.options import WorkerOptions
+
+SERVER = Path(__file__).resolve().parents[2] / "server"
+KEY = "vts_testkey00000_0123456789abcdefghijklmnopqrstuv"
+MODEL = "gpt-oss-20b"
+
+
+def snapshot(version: int = 1, keys: list[dict[str, Any]] | None = None, routes: dict[str, str] | None = None) -> bytes:
+    """A snapshot with KEY in it; `keys` replaces that, each with "key" in clear."""
+    rows = []
+    for row in keys if keys is not None else [{"id": "testkey00000", "key": KEY, "tenant": "test"}]:
+        row = dict(row)
+        row["digest"] = hashlib.sha256(row.pop("key").encode()).hexdigest()
+        rows.append({"scopes": ["inference"], "routes": ["*"], "class": "standard", "expires_at": None, **row})
+    document = {
+        "version": version,
+        "tenants": [],
+        "keys": rows,
+        "routes": [{"name": n, "model": m} for n, m in (routes or {MODEL: MODEL}).items()],
+    }
+    return json.dumps(document).encode()
+
+
+class WorkerProcess:
+    def __init__(self, folder: Path, data: socket.socket, options: dict[str, Any]) -> None:
+        self.folder = folder
+        self.host, self.port = data.getsockname()[:2]
+        self.url = f"http://{self.host}:{self.port}"
+        self.access_log = folder / "access.jsonl"
+        self._options = options
+        self._data = data
+        self._version = 0
+        self._says: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.start()
+
+    def start(self) -> None:
+        document = WorkerOptions(
+            name="worker-0",
+            snapshot_path=str(self.folder / "snapshot.json"),
+            control_socket=str(self.folder / "control.sock"),
+            access_log_path=str(self.access_log),
+            **self._options,
+        )
+        path = self.folder / "worker-0.json"
+        path.write_bytes(msgspec.json.encode(document))
+        ours, theirs = socket.socketpair()
+        self._line = ours
+        with open(self.folder / "worker-0.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "vitalis_serve.gateway.worker", str(path)],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(SERVER),
+                    "VITALIS_DATA_FD": str(self._data.fileno()),
+                    "VITALIS_SUPERVISOR_FD": str(theirs.fileno()),
+                },
+                pass_fds=[self._data.fileno(), theirs.fileno()],
+                stdout=log,
+                stderr=log,
+            )
+        theirs.close()
+        threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
+        self.hear("ready")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def log(self) -> str:
+        return (self.folder / "worker-0.log").read_text()
+
+    def _listen(self, line: socket.socket) -> None:
+        with contextlib.suppress(OSError), line.makefile("rb") as file:
+            for text in file:
+                message = json.loads(text)
+                if message["type"] != "heartbeat":
+                    self._says.put(message)
+
+    def say(self, message: dict[str, Any]) -> None:
+        self._line.sendall(json.dumps(message).encode() + b"\n")
+
+    def hear(self, kind: str, seconds: float = 10) -> dict[str, Any]:
+        """The next message of this kind; others before it are dropped."""
+        while True:
+            try:
+                message = self._says.get(timeout=seconds)
+            except queue.Empty:
+                raise AssertionError(f"the worker did not say {kind}:\n{self.log()}") from None
+            if message["type"] == kind:
+                return message
+
+    def in_flight(self) -> dict[str, Any]:
+        """{"count": open contexts, "replicas": {name: in flight}}; also proves that earlier messages were handled."""
+        self.say({"type": "in_flight?"})
+        return self.hear("in_flight")
+
+    def fleet(self, *replicas: Replica) -> None:
+        self._version += 1
+        self.say({"type": "fleet", **Fleet(self._version, replicas).to_json()})
+        self.in_flight()
+
+    def serve(self, *addresses: str, slots: int = 64, models: tuple[str, ...] = (MODEL,)) -> None:
+        """Every address a ready replica named engine-0, engine-1 ..."""
+        self.fleet(
+            *(
+                Replica(f"engine-{i}", address, ReplicaState.READY, models=models, slots=slots, incarnation=1)
+                for i, address in enumerate(addresses)
+            )
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """The access log so far."""
+        if not self.access_log.exists():
+            return []
+        return [json.loads(line) for line in self.access_log.read_text().splitlines()]
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._line.close()
+
+
+@contextlib.contextmanager
+def running_worker(folder: Path, *, document: bytes | None = None, **options: Any) -> Iterator[WorkerProcess]:
+    """A worker on a free loopback port with KEY in force and no engines yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "snapshot.json").write_bytes(document if document is not None else snapshot())
+    with socket.create_server(("127.0.0.1", options.pop("port", 0)), backlog=4096) as data:
+        worker = WorkerProcess(folder, data, options)
+        try:
+            yield worker
+        finally:
+            worker.stop()
