@@ -263,9 +263,7 @@ def _key_routes(control: Control) -> APIRouter:
         return schemas.Keys(keys=[_key(key, now) for key in await control.store.keys(tenant)])
 
     @routes.post("", status_code=201)
-    async def create(
-        request: Request, body: Annotated[schemas.NewKey, Depends(routes_exist)]
-    ) -> schemas.KeyCreated:
+    async def create(request: Request, body: Annotated[schemas.NewKey, Depends(routes_exist)]) -> schemas.KeyCreated:
         """Makes a key. The answer is the only place where it is ever seen whole."""
         now = int(time.time())
         made = new_key()
@@ -285,9 +283,7 @@ def _key_routes(control: Control) -> APIRouter:
         _, version, applied = await control.change(
             act(request, "key.create", made.id, details), lambda change: change.add_key(key)
         )
-        return schemas.KeyCreated(
-            key=made.key, **_key(key, now).model_dump(), version=version, applied=applied
-        )
+        return schemas.KeyCreated(key=made.key, **_key(key, now).model_dump(), version=version, applied=applied)
 
     @routes.delete("/{key_id}")
     async def revoke(request: Request, key_id: str) -> schemas.KeyChanged:
@@ -345,6 +341,4 @@ async def _http_error(_request: Request, error: Exception) -> JSONResponse:
 
 async def _crashed(_request: Request, _error: Exception) -> JSONResponse:
     """The server logs the traceback; the client gets none of it."""
-    return error_response(
-        ServeError("internal", "control failed; its log has the reason under this request id")
-    )
+    return error_response(ServeError("internal", "control failed; its log has the reason under this request id"))

@@ -30,9 +30,7 @@ def render(reports: Mapping[str, Mapping[str, Any]], fleet: Fleet, versions: Map
 
 
 class _Scrape(Collector):
-    def __init__(
-        self, reports: Mapping[str, Mapping[str, Any]], fleet: Fleet, versions: Mapping[str, int]
-    ) -> None:
+    def __init__(self, reports: Mapping[str, Mapping[str, Any]], fleet: Fleet, versions: Mapping[str, int]) -> None:
         self._reports = reports
         self._fleet = fleet
         self._versions = versions

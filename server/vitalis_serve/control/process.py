@@ -40,10 +40,10 @@ def main(arguments: list[str]) -> int:
         options = read_options(arguments)
         asyncio.run(run(options))
     except ConfigurationError as error:
-        sys.stderr.write(f"control: {error}\n")
+        sys.stderr.write(f"{error}\n")
         return 2
     except StartError as error:
-        sys.stderr.write(f"control: {error}\n")
+        sys.stderr.write(f"{error}\n")
         return 3
     return 0
 

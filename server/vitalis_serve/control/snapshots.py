@@ -134,9 +134,5 @@ def _version_on_disk(path: Path) -> int:
 
 def _storage_error(error: OSError) -> ServeError:
     if error.errno in _NO_ROOM:
-        return ServeError(
-            "storage_full", f"the data folder has no room left ({error.strerror}); nothing was changed"
-        )
-    return ServeError(
-        "store_unavailable", f"the data folder cannot be written ({error.strerror}); nothing was changed"
-    )
+        return ServeError("storage_full", f"the data folder has no room left ({error.strerror}); nothing was changed")
+    return ServeError("store_unavailable", f"the data folder cannot be written ({error.strerror}); nothing was changed")

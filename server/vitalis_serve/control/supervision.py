@@ -46,9 +46,7 @@ class Supervision:
         Raises ServeError `supervisor_unavailable`, or `fleet_refused` with the supervisor's sentence.
         """
         if not self._command_socket:
-            raise ServeError(
-                "supervisor_unavailable", "control runs without a supervisor: there is no fleet here"
-            )
+            raise ServeError("supervisor_unavailable", "control runs without a supervisor: there is no fleet here")
         try:
             answers = await _in_thread(self._command_socket, document)
         except NotRunning as error:

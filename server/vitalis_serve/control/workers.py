@@ -34,9 +34,7 @@ class _Link:
     def send(self, line: bytes) -> None:
         self._writer.write(line)
         if self._writer.transport.get_write_buffer_size() > _UNREAD_BYTES:
-            logger.warning(
-                "worker does not read what control sends; connection closed", extra={"worker": self.name}
-            )
+            logger.warning("worker does not read what control sends; connection closed", extra={"worker": self.name})
             self.close()
 
     def close(self) -> None:
@@ -124,9 +122,7 @@ class Workers:
                 else:
                     self._take(link, message)
         except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError) as error:
-            logger.warning(
-                "a worker's connection failed", extra={"worker": link and link.name, "reason": repr(error)}
-            )
+            logger.warning("a worker's connection failed", extra={"worker": link and link.name, "reason": repr(error)})
         finally:
             writer.transport.abort()
             if link is not None and self._links.get(link.name) is link:
