@@ -1,0 +1,147 @@
+"""The lifecycle's decisions, one at a time."""
+
+import pytest
+
+from vitalis_serve.fleet import ReplicaState as State
+from vitalis_serve.supervise import lifecycle as lc
+
+POLICY = lc.Policy(start_seconds=30, stop_seconds=5, hung_seconds=8, tries=3)
+
+
+def after(*events, life=None, now=0.0, policy=POLICY):
+    """The last life and its actions after (event, at) pairs; a bare event happens at once."""
+    life = life or lc.Life()
+    actions = ()
+    for event in events:
+        event, now = event if isinstance(event, tuple) else (event, now)
+        life, actions = lc.step(life, event, now, policy)
+    return life, actions
+
+
+def ready(policy=POLICY):
+    return after(lc.Start(), lc.Answered(), policy=policy)[0]
+
+
+def test_start_spawns():
+    life, actions = after(lc.Start())
+    assert (life.state, life.incarnation, actions) == (State.STARTING, 1, (lc.Spawn(),))
+
+
+def test_starting_ends_at_its_deadline_in_a_kill_and_then_backoff():
+    life, actions = after(lc.Start(), (lc.Tick(), 30.0))
+    assert actions == (lc.Kill(),)
+    life, _ = after(lc.Exited(-9), life=life, now=31)
+    assert life.state is State.BACKOFF
+    assert "not ready within 30 s" in life.detail
+
+
+@pytest.mark.parametrize("code", [0, 1, -9, None])
+def test_an_exit_nobody_asked_for_is_a_crash_whatever_its_code(code):
+    life, _ = after(lc.Exited(code), life=ready())
+    assert life.state is State.BACKOFF
+
+
+def test_an_exit_that_was_asked_for_is_none_whatever_its_code():
+    life, actions = after(lc.Stop(0), life=ready())
+    assert actions == (lc.Terminate(5),)
+    assert after(lc.Exited(1), life=life)[0].state is State.STOPPED
+
+
+def test_a_crash_while_it_drains_to_be_stopped_stops_it():
+    life, _ = after(lc.Stop(10), lc.Exited(0), life=ready())
+    assert life.state is State.STOPPED
+
+
+def test_draining_ends_when_idle():
+    life, actions = after(lc.Stop(10), life=ready())
+    assert (life.state, actions) == (State.DRAINING, ())
+    assert after(lc.Idle(), life=life)[1] == (lc.Terminate(5),)
+
+
+def test_draining_ends_at_its_deadline():
+    life, _ = after(lc.Stop(10), life=ready())
+    assert after((lc.Tick(), 9.9), life=life)[1] == ()
+    assert after((lc.Tick(), 10.0), life=life)[1] == (lc.Terminate(5),)
+
+
+def test_a_keeper_that_does_not_obey_is_killed():
+    life, _ = after(lc.Stop(0), life=ready())
+    assert after((lc.Tick(), 5 + lc.KILL_SECONDS), life=life)[1] == (lc.Kill(keeper=True),)
+
+
+def test_restart_of_a_ready_one_drains_stops_and_starts():
+    life, _ = after(lc.Restart(10), lc.Idle(), life=ready())
+    assert life.state is State.DRAINING
+    life, actions = after(lc.Exited(0), life=life)
+    assert (life.state, life.incarnation, actions) == (State.STARTING, 2, (lc.Spawn(),))
+
+
+def test_stop_overtakes_a_restart_under_way():
+    life, _ = after(lc.Restart(0), lc.Stop(0), lc.Exited(0), life=ready())
+    assert life.state is State.STOPPED
+
+
+def test_refused_is_suspect_at_once_and_a_silent_probe_is_not():
+    assert after(lc.ProbeFailed("no", refused=True), life=ready())[0].state is State.SUSPECT
+    assert after((lc.ProbeFailed("slow"), 1.0), life=ready())[0].state is State.READY
+
+
+def test_no_progress_while_work_runs_is_suspect_at_half_time_and_killed_at_full():
+    still = lc.Observed(working=True, moved=False)
+    life, _ = after((still, 3.9), life=ready())
+    assert life.state is State.READY
+    life, _ = after((still, 4.0), life=life)
+    assert life.state is State.SUSPECT
+    life, actions = after((still, 8.0), life=life)
+    assert actions == (lc.Kill(),)
+    life, _ = after(lc.Exited(-9), life=life, now=8.1)
+    assert life.state is State.BACKOFF
+    assert "hung" in life.detail
+
+
+def test_idle_is_not_hung():
+    life, _ = after((lc.Observed(working=False, moved=False), 1000.0), life=ready())
+    assert (life.state, life.proof_at) == (State.READY, 1000.0)
+
+
+def test_a_suspect_recovers_by_progress_or_an_answer_and_not_by_looking_idle():
+    suspect, _ = after(lc.ProbeFailed("no", refused=True), life=ready())
+    assert after(lc.Observed(working=False, moved=False), life=suspect)[0].state is State.SUSPECT
+    assert after(lc.Observed(working=True, moved=True), life=suspect)[0].state is State.READY
+    assert after(lc.Answered(), life=suspect)[0].state is State.READY
+
+
+def test_full_is_busy():
+    life, _ = after(lc.Observed(working=True, moved=True, full=True), life=ready())
+    assert life.state is State.BUSY
+    assert after(lc.Observed(working=True, moved=True), life=life)[0].state is State.READY
+
+
+def test_restart_leaves_failed_and_forgets_the_crashes():
+    life = ready()
+    for _ in range(3):
+        life, _ = after(lc.Exited(0), (lc.Tick(), 1e9), life=life)
+    assert life.state is State.FAILED
+    life, actions = after(lc.Restart(10), life=life)
+    assert (life.state, life.crashes, actions) == (State.STARTING, 0, (lc.Spawn(),))
+
+
+def test_hasten_kills_what_is_being_stopped():
+    life, _ = after(lc.Stop(10), life=ready())
+    assert after(lc.Hasten(), life=life)[1] == (lc.Kill(),)
+    assert after(lc.Hasten(), life=ready())[1] == ()
+
+
+def test_an_external_engine_is_never_spawned_nor_killed():
+    policy = lc.Policy(hung_seconds=8, owned=False)
+    life, actions = after(lc.Start(), policy=policy)
+    assert (life.state, life.deadline, actions) == (State.STARTING, None, ())
+    life, actions = after(lc.Answered(), (lc.ProbeFailed("gone"), 100.0), life=life, policy=policy)
+    assert (life.state, actions) == (State.SUSPECT, ())
+    life, actions = after(lc.Stop(0), life=life, policy=policy)
+    assert (life.state, actions) == (State.STOPPED, ())
+
+
+def test_every_state_is_in_the_table_and_can_be_reached():
+    assert set(lc.TRANSITIONS) == set(State)
+    assert set().union(*lc.TRANSITIONS.values()) == set(State) - {State.PLANNED}
