@@ -5,6 +5,8 @@ a token. Only those first events are parsed; afterwards bytes pass, and two sear
 event) find what must not be missed: usage, and an error inside a 200.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 import msgspec
@@ -105,26 +107,24 @@ class Usage(msgspec.Struct):
 _usage_decode = msgspec.json.Decoder(Usage).decode
 
 
-def find_usage(payload: bytes) -> Usage | None:
-    """The last usage object in `payload`, None where there is none that is whole."""
-    at = payload.rfind(USAGE)
-    if at < 0:
-        return None
-    start = at + len(USAGE) - 1
-    depth, end = 0, start
-    # A usage object holds only numbers and small objects of numbers, so braces can be counted.
-    while True:
-        close = payload.find(b"}", end)
-        if close < 0:
-            return None
-        depth += payload.count(b"{", end, close) - 1
-        end = close + 1
-        if depth == 0:
-            break
-    try:
-        return _usage_decode(payload[start:end])
-    except msgspec.DecodeError:
-        return None
+def usages(payload: bytes) -> Iterator[Usage]:
+    """The usage objects in `payload`, in order; one that is not whole is left out."""
+    at = payload.find(USAGE)
+    while at >= 0:
+        start = at + len(USAGE) - 1
+        # A usage object holds numbers and small objects of numbers alone, so its braces can be counted.
+        end, depth = start, 0
+        while True:
+            close = payload.find(b"}", end)
+            if close < 0:
+                return
+            depth += payload.count(b"{", end, close) - 1
+            end = close + 1
+            if depth == 0:
+                break
+        with contextlib.suppress(msgspec.DecodeError):
+            yield _usage_decode(payload[start:end])
+        at = payload.find(USAGE, end)
 
 
 def without_usage_event(payload: bytes) -> bytes:

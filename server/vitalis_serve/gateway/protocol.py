@@ -140,7 +140,7 @@ class ClientConnection(asyncio.Protocol):
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(ServeError("invalid_request", "Only HTTP/1.1 is spoken here; do not ask for an upgrade."))
+            pass  # refused at the head; what follows is not HTTP
         except httptools.HttpParserError as error:
             if self.phase == ANSWERING:
                 # A request that was whole, with garbage behind it: it is answered, then the connection ends.
@@ -210,7 +210,10 @@ class ClientConnection(asyncio.Protocol):
         if b"expect" in relay.headers and relay.refusal is None and self._relay is None:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if relay.refusal is not None and (
-            self._wanted_body > SMALL_BODY_BYTES or b"transfer-encoding" in relay.headers or b"expect" in relay.headers
+            parser.should_upgrade()
+            or self._wanted_body > SMALL_BODY_BYTES
+            or b"transfer-encoding" in relay.headers
+            or b"expect" in relay.headers
         ):
             relay.keep_alive = False
             if self._relay is None:
@@ -218,21 +221,17 @@ class ClientConnection(asyncio.Protocol):
 
     def _judge_head(self, relay: Relay) -> None:
         """All that can be said before the body: path, method, length, type, key. Raises ServeError."""
-        path, head, options = relay.path, relay.headers, self._state.options
+        path, head = relay.path, relay.headers
+        if self._parser.should_upgrade():
+            raise ServeError("invalid_request", "Only HTTP/1.1 is spoken here; do not ask for an upgrade.")
+        if not relay.http_1_0 and self._parser.get_http_version() != "1.1":
+            relay.keep_alive = False
+            raise ServeError("invalid_request", "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
         if b"content-length" in head:
             self._wanted_body = int(head[b"content-length"])  # llhttp has checked that it is a number
-        api = APIS.get(path)
+        api = relay.api = APIS.get(path)
         if api is not None:
-            relay.api = api
-            if relay.method != b"POST":
-                raise ServeError("method_not_allowed", "This path takes POST only.")
-            if self._wanted_body > options.max_body_bytes:
-                raise _too_large(options.max_body_bytes)
-            kind = head.get(b"content-type", b"application/json")
-            if kind != b"application/json" and kind.partition(b";")[0].strip().lower() != b"application/json":
-                raise ServeError("unsupported_media_type", "The body must be application/json.")
-            if b"content-encoding" in head and head[b"content-encoding"].lower() != b"identity":
-                raise ServeError("unsupported_media_type", "The body must not be compressed.")
+            self._judge_post(relay, head)
             keyed = True
         elif path in OWN or path.startswith(MODEL_PREFIX):
             if relay.method not in (b"GET", b"HEAD"):
@@ -241,11 +240,23 @@ class ClientConnection(asyncio.Protocol):
         else:
             raise ServeError("unknown_path", "There is nothing at this path.")
         if keyed:
-            if self._state.keys.version == 0:
+            keys = self._state.keys
+            if keys.version == 0:
                 raise ServeError("no_ready_engine", "The gateway has not got its keys yet.", retry_after=2)
-            relay.key = self._state.keys.identify(rules.credential(head), self._state.wall())
+            relay.key = keys.identify(rules.credential(head), self._state.wall())
             if "inference" not in relay.key.scopes:
                 raise ServeError("scope_missing", "This key lacks the scope `inference`.")
+
+    def _judge_post(self, relay: Relay, head: dict[bytes, bytes]) -> None:
+        if relay.method != b"POST":
+            raise ServeError("method_not_allowed", "This path takes POST only.")
+        if self._wanted_body > self._state.options.max_body_bytes:
+            raise _too_large(self._state.options.max_body_bytes)
+        kind = head.get(b"content-type", b"application/json")
+        if kind != b"application/json" and kind.partition(b";")[0].strip().lower() != b"application/json":
+            raise ServeError("unsupported_media_type", "The body must be application/json.")
+        if b"content-encoding" in head and head[b"content-encoding"].lower() != b"identity":
+            raise ServeError("unsupported_media_type", "The body must not be compressed.")
 
     # -- httptools: the body
 
@@ -363,6 +374,7 @@ class ClientConnection(asyncio.Protocol):
         self._received = None
         if relay is None:
             relay = Relay(self, self._state)
+        if not relay.request_id:
             relay.request_id = self._state.next_request_id()
         relay.keep_alive = False
         self._relay = relay
@@ -394,6 +406,7 @@ class ClientConnection(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """uvicorn's `Server` calls this when it stops: idle connections close, running requests finish."""
+        self._state.draining = True
         if self.phase in (IDLE, HEAD) and not self._head_bytes:
             self.transport.close()
         elif self._relay is not None:

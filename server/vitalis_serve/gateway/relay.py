@@ -38,6 +38,8 @@ _EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 class Relay:
     __slots__ = (
         "_attempt",
+        "_chunked",
+        "_completion_tokens",
         "_connection",
         "_deadline",
         "_encoded",
@@ -48,13 +50,13 @@ class Relay:
         "_hide_usage",
         "_idle_since",
         "_last",
+        "_prompt_tokens",
         "_replica",
         "_seat",
         "_stale_retries",
         "_state",
         "_tail",
         "_tries",
-        "_usage",
         "api",
         "body_bytes",
         "bytes_out",
@@ -118,7 +120,9 @@ class Relay:
         self._head = 0  # bytes of `_held` already judged
         self._tail = b""  # the event still unfinished
         self._last = b""  # the last whole events, for how the stream ended
-        self._usage = b""
+        self._chunked = False
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
         self._fresh = True
         self._idle_since = 0.0
         self._deadline = 0.0
@@ -322,6 +326,9 @@ class Relay:
         body = self._held + payload if self._held else payload
         if status == 200:
             self._end_plain(body, content_type)
+        elif status == 503:
+            self._count_failure("status_503")
+            self._again("queue_full", "Every engine that holds this model is busy.")
         elif status in _RETRIED_STATUSES:
             self._count_failure(f"status_{status}")
             self._again("engine_protocol", f"The engine answered {status}: {_sentence(body)}")
@@ -407,6 +414,7 @@ class Relay:
             self.keep_alive = False
         else:
             framing = b"transfer-encoding: chunked\r\n"
+            self._chunked = True
         if self.stream:
             framing += b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
         self._write(self._head_lines(200, content_type, now) + framing + b"\r\n")
@@ -414,10 +422,11 @@ class Relay:
     def _head_lines(self, status: int, content_type: bytes, now: float) -> bytes:
         began = self.received_at
         line = (
-            b"%bcontent-type: %b\r\nx-request-id: %b\r\nx-vitalis-route: %b\r\n"
+            b"%b%bcontent-type: %b\r\nx-request-id: %b\r\nx-vitalis-route: %b\r\n"
             b"server-timing: queue;dur=%.1f, engine;dur=%.1f\r\n"
             % (
                 replies.STATUS_LINES[status],
+                self._state.date_line,
                 content_type or b"application/json",
                 self.request_id,
                 self.route.encode(),
@@ -442,7 +451,7 @@ class Relay:
 
     def _write_events(self, whole: bytes) -> None:
         if events.USAGE in whole:
-            self._usage = whole
+            self._take_usage(whole)
             if self._hide_usage:
                 whole = events.without_usage_event(whole)
                 if not whole:
@@ -453,6 +462,12 @@ class Relay:
             return
         self._last = whole
         self._write_body(whole)
+
+    def _take_usage(self, payload: bytes) -> None:
+        """Messages tells its prompt at the start and its completion at the end; the others all at the end."""
+        for usage in events.usages(payload):
+            self._prompt_tokens = usage.prompt or self._prompt_tokens
+            self._completion_tokens = usage.completion or self._completion_tokens
 
     def _relay_engine_error(self, whole: bytes, at: int) -> None:
         """The engine's own error event ends the stream; the `[DONE]` that vLLM sends after it would be a lie."""
@@ -466,28 +481,27 @@ class Relay:
     def _write_body(self, payload: bytes) -> None:
         if not payload:
             return
-        if self.http_1_0 or not self.stream:
-            self._write(payload)
-        else:
+        if self._chunked:
             self._write(b"%x\r\n%b\r\n" % (len(payload), payload))
+        else:
+            self._write(payload)
 
     def _write(self, data: bytes) -> None:
         self.bytes_out += len(data)
         self.client.write(data)
 
     def _end_framing(self) -> None:
-        if self.stream and not self.http_1_0:
+        if self._chunked:
             self._write(b"0\r\n\r\n")
-        elif not self.stream:
-            self.keep_alive = False  # a length was promised and not kept: only closing says so
 
     # -- endings
 
     def _end_stream(self, payload: bytes) -> None:
         """The engine has sent its last byte; whether the stream is whole is another question."""
         if self.phase == WAITING:
+            attempt = self._attempt
             self._hold_events(payload)
-            if self.phase == WAITING and not self._seat and self._tries and self._held:
+            if self.phase == WAITING and self._attempt == attempt:
                 self._count_failure("no_token")
                 self._again("engine_protocol", "The engine's stream ended before its first token.")
                 return
@@ -501,8 +515,7 @@ class Relay:
             self._count_failure("truncated")
             self._fail(ServeError("engine_protocol", "The engine's stream ended before it was whole."))
             return
-        if not self.http_1_0:
-            self._write(b"0\r\n\r\n")
+        self._end_framing()
         self._release("ok", "")
 
     def _end_plain(self, body: bytes, content_type: bytes) -> None:
@@ -510,13 +523,14 @@ class Relay:
             self._count_failure("aborted")
             self._again("engine_unreachable", "The engine gave the request up.")
             return
-        self._usage = body
+        self._take_usage(body)
         self._answer(200, body, content_type)
         self._release("ok", "")
 
     def _end_large(self, payload: bytes) -> None:
-        self._usage = payload
+        self._take_usage(payload)
         self._write_body(payload)
+        self._end_framing()
         self._release("ok", "")
 
     def _pass_on(self, status: int, body: bytes, content_type: bytes) -> None:
@@ -534,6 +548,8 @@ class Relay:
     def _again(self, code: str, message: str) -> None:
         """Another replica, where nothing was relayed and tries are left; else the end."""
         error = ServeError(code, message)
+        if error.status == 503:
+            error.retry_after = self._state.admission.retry_after(self._state.now())
         if self.phase == RELAYING or self._tries >= MAX_ATTEMPTS:
             self._fail(error)
             return
@@ -563,7 +579,9 @@ class Relay:
             self._drop_connection()
             if self.stream:
                 self._write_body(replies.terminal_event(error, self.dialect, self.request_id.decode("latin-1")))
-            self._end_framing()
+                self._end_framing()
+            else:
+                self.keep_alive = False  # a plain answer that was cut: only closing in the middle says so
         self._release(outcome, error.code)
 
     def _drop_connection(self) -> None:
@@ -600,10 +618,8 @@ class Relay:
         counts = state.counters.routes[self.route]
         counts.ends[outcome, code] += 1
         began = self.received_at
-        usage = events.find_usage(self._usage) if self._usage else None
-        if usage is not None:
-            counts.prompt_tokens += usage.prompt
-            counts.completion_tokens += usage.completion
+        counts.prompt_tokens += self._prompt_tokens
+        counts.completion_tokens += self._completion_tokens
         total = state.now() - began if began else 0.0
         first = self.first_at - began if self.first_at else 0.0
         if outcome == "ok":
@@ -634,8 +650,8 @@ class Relay:
                     round(total * 1e3, 3),
                     self.body_bytes,
                     self.bytes_out,
-                    usage.prompt if usage is not None else 0,
-                    usage.completion if usage is not None else 0,
+                    self._prompt_tokens,
+                    self._completion_tokens,
                 )
             )
 

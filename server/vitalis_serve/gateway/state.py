@@ -37,6 +37,7 @@ class WorkerState:
         self.keys: KeyTable = KeyTable.decode(b'{"version":0}')
         self.fleet = Fleet()
         self.draining = False
+        self.date_line = b""  # the Date header, renewed by the sweep
         self.on_suspect: Callable[[str, int, str], None] = _nobody
         self._pools: dict[str, EnginePool] = {}
         self._id_prefix = b"req-" + os.urandom(6).hex().encode()

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import sys
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any, Final
 
@@ -161,6 +162,7 @@ class Worker:
             await asyncio.sleep(due - self._loop.time())
             now = self._loop.time()
             state.counters.loop_lag_seconds = max(0.0, now - due)
+            state.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode()
             due = max(due, now - period)
             for relay in state.admission.expired(now):
                 relay.on_queue_timeout()
