@@ -80,28 +80,33 @@ class Worker(Channel):
         return body
 
 
-class Control:
-    """One run of control. `folder` may be that of an earlier run."""
+def control_options(folder: Path) -> dict[str, Any]:
+    """Options with every file in `folder` and a port that the system chooses."""
+    return {
+        "database_path": str(folder / "vitalis.db"),
+        "snapshot_path": str(folder / "snapshot.json"),
+        "token_path": str(folder / "control.token"),
+        "address_path": str(folder / "control.address"),
+        "control_socket": str(folder / "control.sock"),
+        "port": 0,
+        "routes": [{"name": "chat", "model": "tiny"}, {"name": "reason", "model": "tiny"}],
+    }
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+
+class Control:
+    """One run of control. `folder` may be that of an earlier run; `program` starts it in another way."""
+
+    def __init__(self, folder: Path, program: str = "", **options: Any) -> None:
         self.folder = folder
-        self.options = {
-            "database_path": str(folder / "vitalis.db"),
-            "snapshot_path": str(folder / "snapshot.json"),
-            "token_path": str(folder / "control.token"),
-            "address_path": str(folder / "control.address"),
-            "control_socket": str(folder / "control.sock"),
-            "port": 0,
-            "routes": [{"name": "chat", "model": "tiny"}, {"name": "reason", "model": "tiny"}],
-            **options,
-        }
+        self.options = {**control_options(folder), **options}
         options_path = folder / "control.json"
         options_path.write_text(json.dumps(self.options))
+        start = ["-c", program] if program else ["-m", "vitalis_serve.control.process"]
         ours, theirs = socket.socketpair()
         self.log_path = folder / "control.log"
         with theirs, self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vitalis_serve.control.process", str(options_path)],
+                [sys.executable, *start, str(options_path)],
                 env={**os.environ, "VITALIS_SUPERVISOR_FD": str(theirs.fileno())},
                 pass_fds=[theirs.fileno()],
                 stderr=log,

@@ -5,6 +5,7 @@ to `<name>.told`. Its in-flight counts come from the file `<log>/in_flight.json`
 """
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -27,7 +28,8 @@ data = socket.socket(fileno=int(os.environ["VITALIS_DATA_FD"])) if "VITALIS_DATA
 
 
 def say(**message: object) -> None:
-    channel.sendall(json.dumps(message).encode() + b"\n")
+    with contextlib.suppress(OSError):  # gone; the next read says so
+        channel.sendall(json.dumps(message).encode() + b"\n")
 
 
 def note(suffix: str, line: str) -> None:
@@ -60,7 +62,10 @@ while True:
         connection.sendall(options.name.encode() + f" {os.getpid()}\n".encode())
         connection.close()
     if channel in ready:
-        read = channel.recv(65536)
+        try:
+            read = channel.recv(65536)
+        except ConnectionResetError:  # the supervisor was killed with words of ours unread
+            read = b""
         if not read:
             note("told", f"eof {time.monotonic()}")
             os._exit(0)

@@ -58,7 +58,11 @@ class TinyProber:
 def run_supervisor(options: dict[str, Any]) -> None:
     logging.basicConfig(level="INFO", format="%(message)s")
     data_folder = Path(options["data_folder"])
-    run = folders.prepare(data_folder)
+    try:
+        run = folders.prepare(data_folder)
+    except StartError as exc:
+        print(exc, flush=True)
+        sys.exit(3)
     log = data_folder / "log"
     policy = Policy(**options["policy"])
 

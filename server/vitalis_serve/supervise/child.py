@@ -56,8 +56,10 @@ class Child:
             self._process.send_signal(number)
 
     def hang_up(self) -> None:
-        """Closes the channel: for every child of ours that means to end at once."""
-        self._writer.close()
+        """Ends our half of the channel, which means to every child of ours that it is to end at once. Closing it
+        instead would be a reset to a child whose last words we have not read."""
+        if not self._writer.is_closing():
+            self._writer.write_eof()
 
     def close(self) -> None:
         """Gives back the descriptors, after a last look at what it wrote."""

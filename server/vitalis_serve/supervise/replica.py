@@ -325,7 +325,7 @@ class ReplicaTask:
     async def _pause(self) -> None:
         state = self.life.state
         seconds = {
-            ReplicaState.STARTING: STARTING_PROBE_SECONDS,
+            ReplicaState.STARTING: min(STARTING_PROBE_SECONDS, self.spec.probe_seconds),
             ReplicaState.SUSPECT: min(SUSPECT_PROBE_SECONDS, self.spec.probe_seconds),
             ReplicaState.DRAINING: DRAINING_LOOK_SECONDS,
         }.get(state, self.spec.probe_seconds)
