@@ -58,20 +58,20 @@ class Welcome:
         url = f"http://{reachable}:{port}/v1"
         in_shell, in_python = self._key_as_words()
         body = json.dumps({"model": self._model, "messages": [{"role": "user", "content": QUESTION}]})
+        bearer, kind = f"Authorization: Bearer {in_shell}", "Content-Type: application/json"
+        chat = f'model="{self._model}", messages=[{{"role": "user", "content": "{QUESTION}"}}]'
         self._say(
             f"""
 Ready. Try it:
 
-curl -s {url}/chat/completions -H "Authorization: Bearer {in_shell}" -H "Content-Type: application/json" -d
-{shlex.quote(body)}
+curl -s {url}/chat/completions -H "{bearer}" -H "{kind}" -d {shlex.quote(body)}
 
 or, with `pip install openai`, in Python:
 
 import os
 from openai import OpenAI
 client = OpenAI(base_url="{url}", api_key={in_python})
-answer = client.chat.completions.create(model="{self._model}", messages=[{{"role": "user", "content":
-"{QUESTION}"}}]) print(answer.choices[0].message.content)
+print(client.chat.completions.create({chat}).choices[0].message.content)
 """
         )
 

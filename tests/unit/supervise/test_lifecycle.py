@@ -1,7 +1,6 @@
 """The lifecycle's decisions, one at a time."""
 
 import pytest
-
 from vitalis_serve.fleet import ReplicaState as State
 from vitalis_serve.supervise import lifecycle as lc
 
