@@ -6,6 +6,7 @@ event) find what must not be missed: usage, and an error inside a 200.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any, Final, Literal
 
@@ -105,6 +106,18 @@ class Usage(msgspec.Struct):
 
 
 _usage_decode = msgspec.json.Decoder(Usage).decode
+
+
+# vLLM's own order of fields, on plain and streamed chat and completions: 0.5 us instead of 5.
+_COMMON_USAGE: Final = re.compile(rb'"usage":\{"prompt_tokens":(\d+),"total_tokens":\d+,"completion_tokens":(\d+)')
+
+
+def last_usage(payload: bytes) -> tuple[int, int] | None:
+    """(prompt, completion) tokens of the last usage object if it is in vLLM's usual form, else None."""
+    at = payload.rfind(USAGE)
+    if at < 0 or (found := _COMMON_USAGE.match(payload, at)) is None:
+        return None
+    return int(found[1]), int(found[2])
 
 
 def usages(payload: bytes) -> Iterator[Usage]:

@@ -465,6 +465,10 @@ class Relay:
 
     def _take_usage(self, payload: bytes) -> None:
         """Messages tells its prompt at the start and its completion at the end; the others all at the end."""
+        common = events.last_usage(payload)
+        if common is not None:
+            self._prompt_tokens, self._completion_tokens = common
+            return
         for usage in events.usages(payload):
             self._prompt_tokens = usage.prompt or self._prompt_tokens
             self._completion_tokens = usage.completion or self._completion_tokens
@@ -645,9 +649,9 @@ class Relay:
                     self._replica,
                     self.stream,
                     self._tries,
-                    round(self.queued_seconds * 1e3, 3),
-                    round(first * 1e3, 3),
-                    round(total * 1e3, 3),
+                    int(self.queued_seconds * 1e6) / 1e3,
+                    int(first * 1e6) / 1e3,
+                    int(total * 1e6) / 1e3,
                     self.body_bytes,
                     self.bytes_out,
                     self._prompt_tokens,
