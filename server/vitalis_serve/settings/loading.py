@@ -112,9 +112,7 @@ def _profile_layer(file: Path, place: str) -> Layer:
         raise ConfigurationError(f"{place}: there is no profile {file.stem} in {file.parent}; {remedy}")
     layer = read_yaml(file)
     if "profile" in layer.values:
-        raise ConfigurationError(
-            f"{layer.place(('profile',))}: a profile cannot name a profile; remove the key"
-        )
+        raise ConfigurationError(f"{layer.place(('profile',))}: a profile cannot name a profile; remove the key")
     return layer
 
 
@@ -143,7 +141,7 @@ def flag_name(key: str) -> str:
 
 
 def _normalised(layer: Layer) -> Layer:
-    """engine_args under vLLM's own spelling, so that max_num_seqs in one layer meets max-num-seqs in another."""
+    """engine_args under vLLM's own spelling, so that max_num_seqs meets max-num-seqs of another layer."""
     engines = layer.values.get("engines")
     args = engines.get("engine_args") if isinstance(engines, Mapping) else None
     if not isinstance(engines, Mapping) or not isinstance(args, Mapping):
@@ -154,15 +152,11 @@ def _normalised(layer: Layer) -> Layer:
         name = flag_name(key)
         old, new = (*_MAPS[0], key), (*_MAPS[0], name)
         if name in renamed:
-            raise ConfigurationError(
-                f"{layer.place(old)}: engines.engine_args has --{name} twice; remove one"
-            )
+            raise ConfigurationError(f"{layer.place(old)}: engines.engine_args has --{name} twice; remove one")
         renamed[name] = value
         if old in lines:
             lines[new] = lines[old]
-    return Layer(
-        layer.name, {**layer.values, "engines": {**engines, "engine_args": renamed}}, lines, variables
-    )
+    return Layer(layer.name, {**layer.values, "engines": {**engines, "engine_args": renamed}}, lines, variables)
 
 
 def _with_source_cleared(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -243,9 +237,7 @@ def _check_args(values: Mapping[str, Any], layers: Sequence[Layer]) -> None:
         remedy = RESERVED_ARGS.get(name)
         if remedy and args[name] is not None:
             path = (*_MAPS[0], name)
-            raise ConfigurationError(
-                f"{_place(layers, path)}: {'.'.join(path)} is not yours to set; {remedy}"
-            )
+            raise ConfigurationError(f"{_place(layers, path)}: {'.'.join(path)} is not yours to set; {remedy}")
 
 
 def _validated(values: Mapping[str, Any], layers: Sequence[Layer]) -> Settings:
@@ -319,21 +311,13 @@ def _shown(value: Any) -> str:
         return "empty"
     if isinstance(value, Mapping | list | tuple):
         return "a map" if isinstance(value, Mapping) else "a list"
-    text = (
-        repr(value)
-        if isinstance(value, str)
-        else str(value).lower()
-        if value in (True, False)
-        else str(value)
-    )
+    text = repr(value) if isinstance(value, str) else str(value).lower() if value in (True, False) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _refuse_placeholders(settings: Settings, environ: Mapping[str, str], layers: Sequence[Layer]) -> None:
     if environ.get("HF_TOKEN") and is_placeholder(environ["HF_TOKEN"]):
-        raise ConfigurationError(
-            "environment: HF_TOKEN holds a placeholder; put a real token there or leave it empty"
-        )
+        raise ConfigurationError("environment: HF_TOKEN holds a placeholder; put a real token there or leave it empty")
     for path, values in ((_MAPS[0], settings.engines.engine_args), (_MAPS[1], settings.engines.engine_env)):
         for name, value in values.items():
             if is_secret(name) and isinstance(value, str) and is_placeholder(value):

@@ -178,7 +178,7 @@ class Model(Strict):
 
 
 class Restart(Strict):
-    """Back-off after a crash: first * 2^n with jitter, at most `max_seconds`; `failed` after `tries` crashes."""
+    """Back-off after a crash: first * 2^n with jitter, up to `max_seconds`; `failed` after `tries`."""
 
     first_seconds: Seconds = 1
     max_seconds: Seconds = 60
@@ -190,9 +190,7 @@ class Engines(Strict):
     replicas: Annotated[int, Number, Field(ge=0, le=1024)] = 1
     tensor_parallel: Annotated[int, Number, Field(ge=1, le=64)] = 1
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    gpus: Annotated[tuple[Annotated[int, Number, Field(ge=0)], ...], BeforeValidator(_comma_list)] | None = (
-        None
-    )
+    gpus: Annotated[tuple[Annotated[int, Number, Field(ge=0)], ...], BeforeValidator(_comma_list)] | None = None
     engine_python: str = "auto"
     slots: Count = 64
     start_seconds: Seconds = 900

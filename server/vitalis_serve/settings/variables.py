@@ -1,5 +1,5 @@
 """Every environment variable of ours. The prefix is `VITALIS_`, never `VLLM_`: vLLM owns that one and
-complains about names it does not know. `config/environment.env` lists the same names; a test holds the two together."""
+complains about names it does not know. `config/environment.env` lists the same; a test holds the two together."""
 
 import difflib
 from collections.abc import Mapping
