@@ -52,10 +52,11 @@ class Exchange:
         self.events = 0
         self._pieces: list[bytes] = []
         self._times: list[float] | None = [] if server.options.log_token_times else None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         self._dribbling: bytearray | None = None
         self._dribble_ends = False
         self._stalled = False
+        self._held: list[bytes] = []  # events that came while stalled
         self._headers = b""
 
     # from the server
@@ -150,8 +151,10 @@ class Exchange:
             self._event(event)
             if self.ended:
                 return
-        if self._stalled:
-            return
+        if not self._stalled:
+            self._close_stream(now)
+
+    def _close_stream(self, now: float) -> None:
         if self.rule is None or self.rule.kind != "wrong_length":
             self._pieces.append(_LAST_CHUNK)
         keep_alive = self.request.keep_alive and (self.rule is None or self.rule.kind != "wrong_length")
@@ -264,7 +267,10 @@ class Exchange:
     # misbehaviours in the middle of a stream
 
     def _event(self, event: bytes) -> None:
-        if self.ended or self._stalled:
+        if self.ended:
+            return
+        if self._stalled:
+            self._held.append(event)
             return
         rule = self.rule
         if rule is not None and self.events >= rule.after_events and self._struck(rule, event):
@@ -278,6 +284,7 @@ class Exchange:
         half = event[: len(event) // 2]
         if rule.kind == "stall":
             self.flush()
+            self._held.append(event)
             self._stall(rule, b"")
         elif rule.kind == "garbage":
             self._pieces.append(b"zz not a size\r\n" + event)
@@ -321,6 +328,8 @@ class Exchange:
         self._stalled = False
         self._timer = None
         self.rule = None
+        if self.ended:
+            return
         assert self.sequence is not None
         if rest:
             self._send(rest)
@@ -328,13 +337,12 @@ class Exchange:
             self.connection.done(self.request.keep_alive)
             return
         self.sequence.held = False
-        if self.writer is not None:
-            # the event that was due when the stall began belongs to this token: say it now
-            for event in self.writer.token(self.sequence.generated):
-                self._event(event)
-            self.flush()
+        held, self._held = self._held, []
+        for event in held:
+            self._event(event)
+        self.flush()
         if self.sequence.generated >= self.sequence.target:
-            self.finished(time.monotonic())
+            self._close_stream(time.monotonic())
         else:
             self.server.engine.resume()
 
@@ -371,8 +379,8 @@ class Exchange:
             self._dribbling = None
             self.connection.done(self.request.keep_alive)
             return
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self.rule.seconds or 0.001, self._dribble)
+        loop, seconds = asyncio.get_running_loop(), self.rule.seconds
+        self._timer = loop.call_later(seconds, self._dribble) if seconds else loop.call_soon(self._dribble)
 
     # the end
 

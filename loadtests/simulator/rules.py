@@ -19,7 +19,7 @@ REQUEST_KINDS = {
     "status": "answers `status` as JSON with `message`",
     "delay": "waits `seconds` before anything",
     "silent": "takes the request and never answers",
-    "stale": "closes a kept-alive connection just when its next request arrives",
+    "stale": "closes a kept-alive connection just when its next request arrives (RST with `point` start)",
     "reset": "RST at `point`",
     "cut": "closes at `point`",
     "half_close": "ends its sending side at `point`, keeps reading",

@@ -49,7 +49,7 @@ class Sequence:
         self.decodes = False  # prefill is done
         self.generated = 0
         self.held = False  # a stalled stream: keeps its seat, gets no token
-        self.state = State.WAITING
+        self.state = State.GONE  # until it is added
         self.arrived = 0.0
         self.scheduled = 0.0
         self.first_token = 0.0

@@ -26,7 +26,8 @@ class Trouble:
 
     delay_seconds: every piece waits. black_hole: bytes are taken and never passed on. cut_after, reset_after: both
     sides are closed (FIN, or RST) once that many bytes have passed; half_close_after: only the receiver's side ends.
-    dribble: one byte at a time, dribble_seconds apart. piece_bytes: pieces are cut to this size. refuse: accepted and reset at once.
+    dribble: one byte at a time, dribble_seconds apart. piece_bytes: pieces are cut to this size. refuse:
+    accepted and reset at once.
     """
 
     direction: str = "down"
@@ -136,7 +137,7 @@ class Proxy:
             self.address = f"unix:{self._uds}"
         else:
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=PIECE_BYTES)
-            self.address = "http://127.0.0.1:{}".format(self._server.sockets[0].getsockname()[1])
+            self.address = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         self._ready.set()
         await self._ending.wait()
         self._server.close()

@@ -120,7 +120,7 @@ class Simulator:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         code = self.process.wait(timeout=10)
-        if self.process.stdout is not None:
+        if self.process.stdout is not None and not self.process.stdout.closed:
             self.output += self.process.stdout.read().splitlines()
             self.process.stdout.close()
         return code
@@ -164,4 +164,5 @@ def _announced(engine: Simulator, words: str) -> str:
         if line.startswith(words):
             return line[len(words) :].strip()
     code = engine.process.wait(timeout=START_SECONDS)
+    engine.process.stdout.close()
     raise AssertionError(f"the simulated engine ended with code {code} before it said {words!r}: {engine.output}")
