@@ -24,10 +24,10 @@ import msgspec
 
 from vitalis_serve import logs
 from vitalis_serve.control.options import ControlOptions, RouteOptions
-from vitalis_serve.engines import probe
+from vitalis_serve.engines import models, probe
 from vitalis_serve.engines.command import engine_command
 from vitalis_serve.engines.diagnosis import remedy
-from vitalis_serve.engines.environment import engine_python
+from vitalis_serve.engines.environment import cache_folder, engine_python
 from vitalis_serve.engines.gpus import Inventory, read_inventory
 from vitalis_serve.engines.placement import place
 from vitalis_serve.errors import ConfigurationError, StartError
@@ -68,6 +68,7 @@ def up(settings: Settings) -> int:
     python = engine_python(settings.engines, os.environ)
     inventory = read_inventory(os.environ)
     place(settings, inventory)  # what cannot fit is said before anything starts
+    _check_model_folder(settings, python)
     supervisor_options = _supervisor_options(settings, place_, replicas=settings.engines.replicas)
 
     async def run() -> None:
@@ -121,6 +122,7 @@ def engine(settings: Settings) -> int:
     python = engine_python(settings.engines, os.environ)
     inventory = read_inventory(os.environ)
     place(settings, inventory)
+    _check_model_folder(settings, python)
     options = SupervisorOptions(place_.data, place_.run, replicas=1, stop_seconds=settings.engines.stop_seconds)
     failed = False
 
@@ -220,6 +222,7 @@ def _control_options(settings: Settings, place_: Place) -> ControlOptions:
         supervisor_socket=str(place_.run / "supervisor.sock"),
         host=settings.control.host,
         port=settings.control.port,
+        workers=settings.gateway.workers,
         routes=tuple(RouteOptions(r.name, r.model or settings.model.name) for r in settings.routes),
     )
 
@@ -346,6 +349,13 @@ def _address(text: str) -> str:
     return f"http://{host}:{port}"
 
 
+def _check_model_folder(settings: Settings, python: Path) -> None:
+    """A folder that is no model is said before anything starts: looking at it takes no time. Raises
+    ConfigurationError."""
+    if settings.model.folder is not None:
+        models.ensure(settings.model, cache_folder(os.environ), python, _show_progress)
+
+
 # Beside the children
 
 
@@ -375,16 +385,21 @@ async def _prepare_model(settings: Settings, place_: Place) -> Path:
     argv = [sys.executable, "-m", "vitalis_serve.preparation", str(file), str(result)]
     mark = {orphans.VARIABLE: f"{folders.tree_name(place_.data)}:model"}
     child = await keep(argv, {**os.environ, **mark}, output)
+    ended = ""
     try:
-        async for _ in child.lines():
-            pass
+        async for line in child.lines():
+            ended = line
         await child.wait()
     finally:
         child.close()
         output.close()
-    if not result.exists():
-        said = output.last_lines(1)
-        raise StartError(f"the model could not be prepared: {said[0] if said else 'see ' + str(place_.log)}")
+    said = (output.last_lines(1) or ("",))[0]
+    if ended == "exited 2":
+        raise ConfigurationError(said)
+    if ended == "exited 3":
+        raise StartError(said)
+    if ended != "exited 0":
+        raise StartError(f"the model could not be prepared ({ended}: {said}); see {place_.log / 'model.log'}")
     return Path(result.read_text())
 
 

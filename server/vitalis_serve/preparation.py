@@ -1,7 +1,7 @@
-"""Getting the model, in a process of its own: `python -m vitalis_serve.preparation SETTINGS.json RESULT`.
+"""What has to be had before an engine starts: `python -m vitalis_serve.preparation SETTINGS.json RESULT`.
 
-Downloading and converting block for minutes and start processes themselves; below a keeper all of it ends at
-once with Ctrl-C. Progress on standard output; the model's folder is written to RESULT; exit codes as
+A process of its own, because downloading and converting block for minutes and start processes themselves: below a
+keeper all of it ends at once with Ctrl-C. Progress goes to standard output, the model's folder to RESULT; exit codes as
 everywhere.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vitalis_serve.engines import models
 from vitalis_serve.engines.environment import cache_folder, engine_python
+from vitalis_serve.engines.flags import known_flags, refuse_unknown
 from vitalis_serve.errors import ConfigurationError, StartError
 from vitalis_serve.settings import Settings
 
@@ -28,8 +29,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _ensure(settings: Settings) -> Path:
-    python = engine_python(settings.engines, os.environ)
-    return models.ensure(settings.model, cache_folder(os.environ), python, _show)
+    python, cache = engine_python(settings.engines, os.environ), cache_folder(os.environ)
+    # Asking vLLM for its options takes seconds the first time, and a wrong one would cost a start that fails.
+    refuse_unknown(settings.engines.engine_args, known_flags(python, cache))
+    return models.ensure(settings.model, cache, python, _show)
 
 
 def _show(text: str) -> None:

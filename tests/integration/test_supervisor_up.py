@@ -1,0 +1,244 @@
+"""`vitalis-serve up` and `gateway` as people start them, with the simulated engine in vLLM's place."""
+
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from vitalis_serve.supervise import folders, orphans
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("VITALIS_")},
+    "PYTHONPATH": str(ROOT / "server"),
+}
+COMMAND = [sys.executable, "-c", "import sys; from vitalis_serve.cli import main; sys.exit(main())"]
+
+
+class Installation:
+    """A configuration and a data folder of their own; `start` runs a command of ours in the background."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.var = folder / "var"
+        self.out = folder / "out"
+        self.process: subprocess.Popen[bytes] | None = None
+        model = folder / "model"
+        model.mkdir()
+        (model / "config.json").write_text('{"model_type": "gpt_oss"}')
+        header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+        (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
+        (model / "tokenizer.json").write_text("{}")
+        python = folder / "python"
+        simulator = f"exec {sys.executable} -m simulator"
+        python.write_text(
+            f'#!/bin/sh\nshift 2\nPYTHONPATH={ROOT / "loadtests"} {simulator} "$@" --preset instant --lenient\n'
+        )
+        python.chmod(0o755)
+        self.configure(model)
+
+    def configure(self, model: Path, **engines: object) -> None:
+        document = {
+            "profile": "plain",
+            "data_folder": str(self.var),
+            "gateway": {"host": "127.0.0.1", "port": 0},
+            "control": {"port": 0},
+            "model": {"name": "tiny", "folder": str(model)},
+            "engines": {"device": "cpu", "engine_python": str(self.folder / "python"), "probe_seconds": 0.2, **engines},
+        }
+        (self.folder / "c.yaml").write_text(json.dumps(document))
+        (self.folder / "profiles").mkdir(exist_ok=True)
+        (self.folder / "profiles" / "plain.yaml").write_text("{}")
+
+    def argv(self, *words: str) -> list[str]:
+        return [*COMMAND, *words, "--config", str(self.folder / "c.yaml")]
+
+    def start(self, *words: str, terminal: int | None = None) -> None:
+        with open(self.out, "ab") as out:
+            screen = out if terminal is None else terminal
+            self.process = subprocess.Popen(
+                self.argv(*words), env=ENVIRONMENT, stdout=screen, stderr=out, start_new_session=True
+            )
+
+    def ask(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(self.argv(*words), env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+
+    def said(self) -> str:
+        return self.out.read_text()
+
+    def until(self, wanted: Callable[[], object], seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not wanted():
+            assert time.monotonic() < deadline, f"not in {seconds} s:\n{self.said()}"
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(30)
+        self.until(lambda: not orphans.find(f"{folders.tree_name(self.var)}:"), 5)
+        return code
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Iterator[Installation]:
+    made = Installation(tmp_path)
+    yield made
+    made.stop()
+
+
+def test_up_serves_what_it_prints_and_leaves_nothing(ours):
+    """The curl line and the Python snippet are pasted as they stand."""
+    ours.start("up")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    key_file = ours.var / "first-key"
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    key = key_file.read_text().strip()
+    assert key.startswith("vts_")
+    assert key not in ours.said()
+    curl = next(line for line in ours.said().splitlines() if line.startswith("curl "))
+    shown = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, timeout=30).stdout
+    answer = json.loads(shown)["choices"][0]["message"]["content"]
+    assert answer
+    snippet = ours.said().partition("in Python:\n\n")[2].partition("\n\n")[0]
+    pasted = subprocess.run([sys.executable, "-"], input=snippet, capture_output=True, text=True, timeout=60)
+    assert pasted.stdout.split()[:3] == answer.split()[:3], pasted.stderr
+
+    status = ours.ask("fleet", "status", "--json")
+    children = {c["name"]: c["state"] for c in json.loads(status.stdout)["children"]}
+    assert children == {"worker-0": "ready", "control": "ready", "engine-0": "ready"}
+    assert "engine-0" in ours.ask("fleet", "status").stdout
+    smoke = ours.ask("smoke", "--json")
+    assert smoke.returncode == 0, smoke.stderr
+    assert [chat["ok"] for chat in json.loads(smoke.stdout)] == [True, True]
+
+    assert ours.stop() == 0
+    assert not [path for path in (ours.var / "run").iterdir() if path.suffix == ".sock" or path.name == "lock"]
+    assert "Traceback" not in ours.said()
+
+
+def test_a_second_start_makes_no_second_key(ours):
+    for _ in range(2):
+        ours.start("up")
+        ours.until(lambda: "Ready. Try it:" in ours.said())
+        key = (ours.var / "first-key").read_text()
+        ours.stop()
+        assert (ours.var / "first-key").read_text() == key
+        first = ours.said()
+        ours.out.write_text("")
+    assert "The first key" not in first
+
+
+def test_on_a_terminal_the_key_is_shown_once_and_kept_nowhere(ours):
+    master, terminal = pty.openpty()
+    ours.start("up", terminal=terminal)
+    os.close(terminal)
+    shown = b""
+    while b"print(client" not in shown:
+        shown += os.read(master, 4096)
+    key = re.search(rb"\n +(vts_\w+)\r\n", shown)[1].decode()
+    assert f"Bearer {key}" in shown.decode()
+    assert not (ours.var / "first-key").exists()
+    assert key not in ours.said()
+    assert ours.ask("smoke", "--key", key).returncode == 0
+    ours.stop()
+    os.close(master)
+    kept = [path for path in ours.var.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+    assert kept == []
+
+
+def test_gateway_serves_an_engine_that_is_already_there(ours):
+    python = str(ours.folder / "python")
+    path = ours.folder / "there.sock"
+    engine = subprocess.Popen([python, "-m", "x", "--uds", str(path), "--served-model-name", "there"])
+    try:
+        ours.start("gateway", "--engine", f"unix:{path}", "--model", "there")
+        ours.until(lambda: "Ready. Try it:" in ours.said())
+        smoke = ours.ask("smoke", "--model", "there")
+        assert smoke.returncode == 0, smoke.stderr
+        refused = ours.ask("fleet", "scale", "2")
+        assert refused.returncode == 1
+        assert "given by address" in refused.stderr
+        assert ours.stop() == 0
+        assert engine.poll() is None, "an engine that is not ours was ended"
+    finally:
+        engine.kill()
+        engine.wait()
+
+
+def test_engine_runs_one_without_a_gateway(ours):
+    ours.start("engine")
+    ours.until(lambda: "the engine answers at unix:" in ours.said())
+    children = json.loads(ours.ask("fleet", "status", "--json").stdout)["children"]
+    assert [child["kind"] for child in children] == ["engine"]
+    assert ours.stop() == 0
+
+
+def test_an_engine_that_never_starts_ends_with_1_and_its_reason(ours):
+    (ours.folder / "python").write_text("#!/bin/sh\necho no such flag; exit 0\n")
+    ours.configure(ours.folder / "model", restart={"tries": 2, "first_seconds": 0.1})
+    ours.start("engine")
+    assert ours.process.wait(30) == 1
+    assert "no such flag" in ours.said()
+
+
+def test_control_port_in_use_is_said_with_3(ours):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        document = json.loads((ours.folder / "c.yaml").read_text())
+        document["control"]["port"] = taken.getsockname()[1]
+        (ours.folder / "c.yaml").write_text(json.dumps(document))
+        done = ours.ask("up")
+    assert done.returncode == 3
+    assert "control.port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_model_folder_is_said_with_2(ours):
+    ours.configure(ours.folder / "nowhere")
+    done = ours.ask("up")
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupting_a_download_stops_at_once(ours):
+    """Here the builder of a model hangs: the python it is run with never ends."""
+    (ours.folder / "python").write_text("#!/bin/sh\ntrap '' TERM INT\nsleep 1000 & wait; sleep 1000\n")
+    document = json.loads((ours.folder / "c.yaml").read_text())
+    document["model"] = {"name": "tiny", "build": "gpt-oss-tiny"}
+    (ours.folder / "c.yaml").write_text(json.dumps(document))
+    environment = {**ENVIRONMENT, "VITALIS_CACHE": str(ours.folder / "cache")}
+    with open(ours.out, "ab") as out:
+        ours.process = subprocess.Popen(ours.argv("up"), env=environment, stdout=out, stderr=out)
+    ours.until(lambda: "control is ready" in ours.said() and orphans.find(f"{folders.tree_name(ours.var)}:model"))
+    began = time.monotonic()
+    assert ours.stop() == 0
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("words", [("fleet", "status"), ("fleet", "scale", "2"), ("fleet", "restart")])
+def test_asking_a_fleet_that_does_not_run_is_one_sentence(ours, words):
+    done = ours.ask(*words)
+    assert done.returncode == 1
+    assert done.stderr.startswith("nothing runs on the data folder")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("engine", ["localhost:8000", "https://x", "http://", "http://x/v1", "unix:", "http://x:99999"])
+def test_an_engine_that_is_no_address_is_said_with_2(ours, engine):
+    done = ours.ask("gateway", "--engine", engine)
+    assert done.returncode == 2
+    assert shlex.quote(engine).strip("'") in done.stderr
