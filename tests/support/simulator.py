@@ -9,7 +9,6 @@ Control calls go over a listener of their own, so an engine that refuses or is s
 """
 
 import contextlib
-import http.client
 import json
 import os
 import signal
@@ -21,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.support import client
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 20
@@ -37,7 +38,7 @@ def command(*flags: str) -> list[str]:
 class Simulator:
     """A running simulated engine. `address` is "http://host:port" or "unix:/path", as the fleet writes addresses."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str]  # not of an attached one
     address: str
     control: str
     log_path: Path | None
@@ -53,15 +54,9 @@ class Simulator:
 
     def call(self, method: str, path: str, document: Any = None) -> tuple[int, bytes]:
         """One request over the control listener."""
-        parts = urlsplit(self.control)
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
-        try:
-            body = None if document is None else json.dumps(document)
-            connection.request(method, path, body, {"content-type": "application/json"})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
+        body = b"" if document is None else json.dumps(document).encode()
+        answer = client.ask(self.control, client.request(method, path, body), seconds=10)
+        return answer.status, answer.body
 
     def misbehave(self, kind: str, **parameters: Any) -> None:
         """Adds a rule; see loadtests/simulator/rules.py for kinds and parameters. Raises where there is none such."""
@@ -106,6 +101,11 @@ class Simulator:
             time.sleep(0.005)
         return log
 
+    def wait_until_listening(self) -> str:
+        """Its address, once the port is open; for one started with `wait=False`."""
+        self.address = self.address or _announced(self, "listening on ")
+        return self.address
+
     def kill(self) -> None:
         """SIGKILL, and its end awaited."""
         self.process.kill()
@@ -141,6 +141,14 @@ def start(
     engine.control = _announced(engine, "control on ")
     if wait:
         engine.address = _announced(engine, "listening on ")
+    return engine
+
+
+def attach(address: str, log: Path | None = None) -> Simulator:
+    """Control over a simulated engine that somebody else (a supervisor) started and will stop, through `address`:
+    its control listener's if it was given one (`--control`), else its own, which a misbehaviour may have closed."""
+    engine = Simulator.__new__(Simulator)
+    engine.address, engine.control, engine.log_path, engine.output = address, address, log, []
     return engine
 
 

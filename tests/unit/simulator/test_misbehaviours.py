@@ -359,9 +359,10 @@ def test_a_slow_load() -> None:
     with simulator.started("--load-seconds", "0.3", "--load-mode", "health") as engine:
         assert client.ask(engine.address, client.get("/health")).status == 503
         engine.wait_for(lambda state: client.ask(engine.address, client.get("/health")).status == 200)
-    engine = simulator.start("--load-seconds", "30", wait=False)
+    engine = simulator.start("--load-seconds", "0.2", wait=False)
     try:
         assert engine.state()["address"] == ""
+        assert client.ask(engine.wait_until_listening(), ask()).status == 200
     finally:
         assert engine.stop() == 0
 

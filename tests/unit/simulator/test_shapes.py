@@ -240,3 +240,12 @@ def test_the_answer_depends_on_the_prompt_alone(engine: Simulator) -> None:
     first, second = (client.ask(engine.address, body).json for _ in range(2))
     assert first["usage"] == second["usage"]
     assert first["choices"][0]["text"] == content_text(first["usage"]["completion_tokens"])
+
+
+def test_one_started_by_somebody_else_can_be_commanded(slow: Simulator) -> None:
+    assert slow.address.startswith("unix:")
+    attached = simulator.attach(slow.address)
+    attached.misbehave("status", status=429, requests=1)
+    assert client.ask(slow.address, chat()).status == 429
+    assert attached.state()["hits"]["status"] == 1
+    attached.reset()
