@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import uvicorn
 
+from vitalis_serve import logs
 from vitalis_serve.control.access import Access, Failures, control_token
 from vitalis_serve.control.app import Control, create_app
 from vitalis_serve.control.files import publish, stage
@@ -35,17 +36,24 @@ def main(arguments: list[str]) -> int:
     """Runs control until it is told to stop; returns the exit code."""
     # The database, its journal and the sockets hold secrets or open the way to them.
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.configure()
+    for library in ("alembic", "uvicorn"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         options = read_options(arguments)
         asyncio.run(run(options))
     except ConfigurationError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+        return _fail(error, 2)
     except StartError as error:
-        sys.stderr.write(f"{error}\n")
-        return 3
+        return _fail(error, 3)
     return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    with contextlib.suppress(OSError):  # the log may lie on the disk that is full; the exit code still speaks
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+    return code
 
 
 def read_options(arguments: list[str]) -> ControlOptions:
@@ -122,9 +130,16 @@ def _bind(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise StartError(
-            f"control cannot listen on {host} port {port}: {error.strerror}; stop what listens there or set "
-            "control.port to another"
+            f"control cannot listen on {host} port {port}: {_reason(error)}; stop what listens there, or set "
+            "control.host and control.port to others"
         ) from error
+
+
+def _reason(error: OSError) -> str:
+    # asyncio and socket put the address into strerror; a failed look-up of a name has no errno of the system's.
+    if isinstance(error, socket.gaierror) or error.errno is None:
+        return str(error)
+    return os.strerror(error.errno)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ each transaction of ours says how it begins. Writers say BEGIN IMMEDIATE: they w
 start (the busy timeout) and never find out at their first write that someone else was faster.
 """
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -23,7 +24,7 @@ from vitalis_serve import __version__
 from vitalis_serve.errors import ServeError, StartError
 from vitalis_serve.store import tables
 
-BUSY_SECONDS: Final = 5
+BUSY_SECONDS: Final = 2
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 
 
@@ -32,6 +33,8 @@ async def open_database(path: Path) -> AsyncEngine:
 
     Raises StartError where it cannot be opened, read or migrated, or was made by a newer program.
     """
+    with start_errors(path):
+        await asyncio.to_thread(_try_opening, path)
     engine = _engine(path)
     try:
         with start_errors(path):
@@ -108,6 +111,18 @@ def start_errors(path: Path) -> Iterator[None]:
 
 # A write past RLIMIT_FSIZE or a quota is reported as an input/output error, not as "full".
 _FULL: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE})
+
+
+def _try_opening(path: Path) -> None:
+    """Fails as opening would. aiosqlite, when it cannot open a file, leaves a thread behind that may outlive the
+    event loop and end in a traceback."""
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+    finally:
+        connection.close()
 
 
 def _engine(path: Path) -> AsyncEngine:

@@ -182,12 +182,8 @@ class Change:
         )
         status = present.scalar()
         if status is not None:
-            state = (
-                "already exists" if status == ACTIVE else "existed and was revoked; names are not given twice"
-            )
-            raise ServeError(
-                "already_exists", f"tenant {tenant.name!r} {state}: choose another name", param="name"
-            )
+            state = "already exists" if status == ACTIVE else "existed and was revoked; names are not given twice"
+            raise ServeError("already_exists", f"tenant {tenant.name!r} {state}: choose another name", param="name")
         await self._connection.execute(
             insert(tables.tenants).values(
                 name=tenant.name, status=tenant.status, notes=tenant.notes, created_at=tenant.created_at
@@ -206,9 +202,7 @@ class Change:
         """Raises ServeError `tenant_not_found`, naming the nearest tenant there is."""
         tenants = {tenant.name: tenant for tenant in await self.tenants()}
         if name not in tenants:
-            raise ServeError(
-                "tenant_not_found", f"there is no tenant {name!r}{nearest(name, tenants)}", param="tenant"
-            )
+            raise ServeError("tenant_not_found", f"there is no tenant {name!r}{nearest(name, tenants)}", param="tenant")
         return tenants[name]
 
     async def add_key(self, key: Key) -> None:

@@ -63,9 +63,7 @@ def test_schema_after_migrations_is_the_one_of_tables(tmp_path: Path) -> None:
 
     async def work(engine: AsyncEngine) -> Any:
         async with engine.connect() as connection:
-            return await connection.run_sync(
-                lambda c: compare_metadata(MigrationContext.configure(c), tables.metadata)
-            )
+            return await connection.run_sync(lambda c: compare_metadata(MigrationContext.configure(c), tables.metadata))
 
     assert with_database(tmp_path / "v.db", work) == []
 

@@ -13,9 +13,7 @@ needs_program = "0.1.0"
 def upgrade() -> None:
     op.create_table(
         "audit",
-        sa.Column(
-            "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), nullable=False, autoincrement=True
-        ),
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), nullable=False, autoincrement=True),
         sa.Column("at", sa.BigInteger, nullable=False),
         sa.Column("who", sa.String(128), nullable=False),
         sa.Column("action", sa.String(64), nullable=False),

@@ -1,0 +1,160 @@
+"""`vitalis-serve tenants` and `keys`, as real commands against a real control process."""
+
+import json
+import os
+import pty
+import select
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vitalis_serve.store.secrets import digest
+
+from tests.support.control import SECONDS, Control, running
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
+    with running(tmp_path_factory.mktemp("keys")) as control:
+        (control.folder / "config.yaml").write_text(f"profile: cpu-tiny\ndata_folder: {control.folder}\n")
+        (control.folder / "profiles").mkdir()
+        (control.folder / "profiles" / "cpu-tiny.yaml").write_text("")
+        control.call("POST", "/v1/tenants", {"name": "acme"})
+        yield control
+
+
+def command(control: Control, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs one command with its output into pipes."""
+    argv = [sys.executable, "-m", "vitalis_serve", *words]
+    environ = {**os.environ, "VITALIS_CONFIG": str(control.folder / "config.yaml")}
+    return subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+
+def on_terminal(control: Control, *words: str) -> tuple[int, str]:
+    """Runs one command on a terminal of its own: its exit code and all that it showed."""
+    environ = {**os.environ, "VITALIS_CONFIG": str(control.folder / "config.yaml")}
+    main, terminal = pty.openpty()
+    argv = [sys.executable, "-m", "vitalis_serve", *words]
+    process = subprocess.Popen(argv, env=environ, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    deadline = time.monotonic() + 60
+    while select.select([main], [], [], max(0, deadline - time.monotonic()))[0]:
+        try:
+            shown += os.read(main, 4096)
+        except OSError:  # how Linux tells that the last holder of the terminal has gone
+            break
+    os.close(main)
+    return process.wait(SECONDS), shown.decode()
+
+
+def digests(control: Control) -> set[str]:
+    return {key["digest"] for key in control.snapshot()["keys"]}
+
+
+def test_tenant_lives_from_create_to_revoke(control: Control) -> None:
+    made = command(control, "tenants", "create", "vitalis-chat", "--notes", "the chat")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert "tenant vitalis-chat made" in made.stdout
+    listed = json.loads(command(control, "tenants", "list", "--json").stdout)
+    assert [(t["name"], t["status"], t["notes"]) for t in listed if t["name"] == "vitalis-chat"] == [
+        ("vitalis-chat", "active", "the chat")
+    ]
+    assert "vitalis-chat  active" in command(control, "tenants", "list").stdout
+    assert "revoked, in force" in command(control, "tenants", "revoke", "vitalis-chat").stdout
+    assert "vitalis-chat  disabled" in command(control, "tenants", "list").stdout
+
+
+def test_key_goes_to_a_private_file_when_there_is_no_terminal(control: Control) -> None:
+    made = command(control, "keys", "create", "--tenant", "acme", "--name", "ci", "--class", "batch")
+    assert made.returncode == 0, made.stderr
+    path = Path(made.stdout.strip())
+    assert path.parent == control.folder
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    key = path.read_text().strip()
+    assert path.name == f"key-{key.split('_')[1]}"
+    assert digest(key) in digests(control)
+    assert key not in made.stdout + made.stderr
+
+
+def test_key_is_shown_on_a_terminal_and_written_nowhere(control: Control) -> None:
+    before = set(control.folder.glob("*key-*"))
+    code, shown = on_terminal(control, "keys", "create", "--tenant", "acme")
+    assert code == 0, shown
+    (key,) = [word for word in shown.split() if word.startswith("vts_")]
+    assert digest(key) in digests(control)
+    assert set(control.folder.glob("*key-*")) == before
+
+
+def test_output_names_the_file_and_is_never_overwritten(control: Control, tmp_path: Path) -> None:
+    path = tmp_path / "the.key"
+    made = command(control, "keys", "create", "--tenant", "acme", "--output", str(path))
+    assert made.stdout.strip() == str(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    content, count = path.read_text(), len(digests(control))
+    again = command(control, "keys", "create", "--tenant", "acme", "--output", str(path))
+    assert (again.returncode, path.read_text(), len(digests(control))) == (1, content, count)
+    assert again.stderr.count("\n") == 1
+    assert "File exists" in again.stderr
+
+
+def test_refused_key_leaves_no_file(control: Control, tmp_path: Path) -> None:
+    path = tmp_path / "the.key"
+    ended = command(control, "keys", "create", "--tenant", "nobody", "--output", str(path))
+    assert ended.returncode == 1
+    assert not path.exists()
+
+
+def test_key_with_everything_is_listed_and_revoked(control: Control) -> None:
+    words = ("--scopes", "inference,metrics", "--routes", "chat", "--expires-in", "30", "--name", "full")
+    made = command(control, "keys", "create", "--tenant", "acme", *words)
+    assert made.returncode == 0, made.stderr
+    key_id = Path(made.stdout.strip()).name.removeprefix("key-")
+    listed = json.loads(command(control, "keys", "list", "--tenant", "acme", "--json").stdout)
+    (entry,) = [key for key in listed if key["id"] == key_id]
+    assert (entry["scopes"], entry["routes"], entry["status"]) == (["inference", "metrics"], ["chat"], "active")
+    assert abs(entry["expires_at"] - time.time() - 30 * 86_400) < 120
+    assert "digest" not in entry
+    assert command(control, "keys", "revoke", key_id).stdout.strip().endswith("revoked, in force")
+    (line,) = [x for x in command(control, "keys", "list").stdout.splitlines() if x.startswith(key_id)]
+    assert line.split()[:5] == [key_id, "acme", "full", "standard", "revoked"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (("tenants", "create", "acme"), 1, "tenant 'acme' already exists"),
+        (("tenants", "create", "a b"), 2, "name: "),
+        (("tenants", "revoke", "acmee"), 1, "there is no tenant 'acmee'; did you mean 'acme'?"),
+        (("keys", "create", "--tenant", "acmee"), 1, "there is no tenant 'acmee'; did you mean 'acme'?"),
+        (("keys", "create", "--tenant", "acme", "--class", "bulk"), 2, "there is no class 'bulk'"),
+        (("keys", "create", "--tenant", "acme", "--scopes", "inferense"), 2, "did you mean 'inference'?"),
+        (("keys", "create", "--tenant", "acme", "--routes", "chatt"), 2, "did you mean 'chat'?"),
+        (("keys", "revoke", "nosuch"), 1, "there is no key 'nosuch'"),
+        (("keys", "create"), 2, "Missing option '--tenant'"),
+        (("keys", "crate"), 2, "Did you mean 'create'"),
+        (("keys", "list", "--config", "/nowhere.yaml"), 2, "/nowhere.yaml"),
+    ],
+)
+def test_mistake_gets_one_sentence(control: Control, words: tuple[str, ...], code: int, sentence: str) -> None:
+    ended = command(control, *words)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr.startswith("vitalis-serve: ")
+    assert sentence in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_command_without_control_says_how_to_start_it(tmp_path: Path) -> None:
+    with running(tmp_path) as control:
+        pass
+    (tmp_path / "config.yaml").write_text(f"profile: cpu-tiny\ndata_folder: {tmp_path}\n")
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "cpu-tiny.yaml").write_text("")
+    ended = command(control, "keys", "list")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "control is not running" in ended.stderr
+    assert "vitalis-serve up" in ended.stderr
