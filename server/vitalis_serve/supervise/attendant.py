@@ -124,7 +124,7 @@ class Attendant:
             await child.wait()
 
     async def run(self) -> None:
-        """Until told to leave. Raises StartError where it says (exit code 3) that it cannot ever start."""
+        """Until told to leave. Raises StartError where it says (exit code 2 or 3) that it cannot ever start."""
         quick_deaths = 0
         try:
             while not self._leaving.is_set():
@@ -132,7 +132,7 @@ class Attendant:
                 code, why = await self._live()
                 if self._leaving.is_set():
                     break
-                if code == 3 and not self.ready.is_set():
+                if code in (2, 3) and not self.ready.is_set():
                     raise StartError(self._cannot_start(code))
                 quick_deaths = quick_deaths + 1 if time.monotonic() - began < QUICK_SECONDS else 0
                 delay = 0.0 if quick_deaths <= 1 else min(MAX_BACKOFF_SECONDS, 0.25 * 2 ** min(quick_deaths, 16))
@@ -223,10 +223,12 @@ class Attendant:
 
     # Between lives
 
-    def _cannot_start(self, code: int) -> str:
+    def _cannot_start(self, code: int | None) -> str:
         last = self.output.last_lines(1)
         said = last[0] if last else f"it exited with code {code}"
-        return f"{self.spec.name} could not start: {said}{' ' if self.spec.remedy else ''}{self.spec.remedy}"
+        if not said.startswith(self.spec.name):
+            said = f"{self.spec.name} could not start: {said}"
+        return f"{said}{' ' if self.spec.remedy else ''}{self.spec.remedy}"
 
     def _mourn(self, code: int | None, why: str, delay: float) -> None:
         self.state = "backoff"

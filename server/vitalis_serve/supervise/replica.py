@@ -28,6 +28,7 @@ STARTING_PROBE_SECONDS = 0.5
 SUSPECT_PROBE_SECONDS = 0.5
 DRAINING_LOOK_SECONDS = 0.1
 MAX_PROBE_SECONDS = 10.0
+FIRST_ANSWER_SECONDS = 30.0  # an engine's first answer compiles and warms up what later ones find ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +292,8 @@ class ReplicaTask:
             self._look_now.clear()
             life = self.life
             began = asyncio.get_running_loop().time()
-            deadline = began + min(MAX_PROBE_SECONDS, max(2.0, self.spec.policy.hung_seconds / 4))
+            patience = min(MAX_PROBE_SECONDS, max(2.0, self.spec.policy.hung_seconds / 4))
+            deadline = began + (FIRST_ANSWER_SECONDS if life.state is ReplicaState.STARTING else patience)
             if life.ending or life.state in lifecycle.RESTING:
                 await self._look_now.wait()
                 continue

@@ -95,13 +95,13 @@ class Replicas:
                 if index < desired.configured:
                     raise
                 logger.error("replica %d cannot come back: %s", index, exc)
-                self._journal.write(replicas=index)
+                self._note(replicas=index)
                 break
         names = {replica.spec.name for replica in self}
         for replica in self:
             stopped = replica.spec.name in desired.stopped
             replica.post(lifecycle.Stop() if stopped else lifecycle.Start())
-        self._journal.write(stopped=tuple(n for n in desired.stopped if n in names), order=None)
+        self._note(stopped=tuple(n for n in desired.stopped if n in names), order=None)
         self.tell()
 
     async def stop(self, seconds: float, hasten: asyncio.Event) -> None:
@@ -172,13 +172,14 @@ class Replicas:
         finally:
             self._order = ""
             if not cut_short:
-                self._forget_order()
+                self._note(order=None)
 
-    def _forget_order(self) -> None:
+    def _note(self, **changes: object) -> None:
+        """Writes to the journal what has happened already; a full disk does not undo it."""
         try:
-            self._journal.write(order=None)
+            self._journal.write(**changes)
         except OSError as exc:
-            logger.error("fleet.json could not be written (%s): a finished order will be resumed once", exc)
+            logger.error("fleet.json could not be written (%s): after a restart the fleet may be as it was before", exc)
 
     async def scale(self, count: int, say: Say) -> str:
         """To `count` replicas; going down, the highest go first, each drained."""
@@ -197,7 +198,7 @@ class Replicas:
                 await self._drain_one(replica)
                 self._remove_last()
             stopped = tuple(n for n in self._journal.desired.stopped if any(r.spec.name == n for r in self))
-            self._journal.write(stopped=stopped)
+            self._note(stopped=stopped)
             added = [self._add(index) for index in range(len(self._tasks), count)]
             for replica in added:
                 say(f"starting {replica.spec.name}")

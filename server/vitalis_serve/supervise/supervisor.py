@@ -269,6 +269,9 @@ class Supervisor:
             return {"done": True, "ok": False, "message": str(exc)}
         except (ValueError, KeyError, TypeError) as exc:
             return {"done": True, "ok": False, "message": f"not a command: {exc!r}"}
+        except Exception as exc:  # the boundary of one caller: his order must not end everybody's engines
+            logger.exception("an order failed: %s", line[:200])
+            return {"done": True, "ok": False, "message": f"the order failed inside the supervisor: {exc!r}"}
         return {"done": True, "ok": True, "message": message}
 
     async def _order(self, name: str, command: dict[str, Any], say: Callable[[str], None]) -> str:
