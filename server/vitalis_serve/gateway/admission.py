@@ -6,7 +6,7 @@ grants that follow from it; the caller acts on them. A waiter is any object; it 
 (the caller's), queued (here), or gone.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,7 @@ class Admission:
         self._workers = workers
         self._seats: dict[str, Seat] = {}
         self._queue: OrderedDict[Any, _Waiting] = OrderedDict()
+        self._queued_models: Counter[str] = Counter()  # how many wait for each; never 0
         self._left = 0  # slots given back since `_rate_since`
         self._rate_since = 0.0
         self._rate = 0.0  # slots given back per second, smoothed
@@ -84,7 +85,7 @@ class Admission:
         if not self._queue and (seat := self._choose(model, excluded)) is not None:
             seat.in_flight += 1
             return seat
-        if not any(s.takes and model in s.models and s.replica.name not in excluded for s in self._seats.values()):
+        if not self._takes(model, excluded):
             raise ServeError("no_ready_engine", "No engine is ready for this model just now.", retry_after=5)
         if self._queue and (seat := self._choose(model, excluded)) is not None and not self._wanted(seat):
             seat.in_flight += 1
@@ -94,6 +95,7 @@ class Admission:
                 "queue_full", "All slots are taken and the queue is full.", retry_after=self.retry_after(now)
             )
         self._queue[waiter] = _Waiting(model, now + self._patience, excluded)
+        self._queued_models[model] += 1
         return None
 
     def leave(self, seat: Seat, now: float) -> list[Grant]:
@@ -109,7 +111,7 @@ class Admission:
 
     def withdraw(self, waiter: Any) -> bool:
         """Takes a waiter out of the queue; False where it was not in it."""
-        return self._queue.pop(waiter, None) is not None
+        return self._remove(waiter)
 
     def expired(self, now: float) -> list[Any]:
         """Takes out and returns the waiters whose patience has run out."""
@@ -119,15 +121,15 @@ class Admission:
                 break
             late.append(waiter)
         for waiter in late:
-            del self._queue[waiter]
+            self._remove(waiter)
         return late
 
     def stranded(self) -> list[Any]:
-        """Takes out and returns the waiters for whose model nothing takes requests any more."""
-        held = frozenset().union(*(s.models for s in self._seats.values() if s.takes))
-        gone = [waiter for waiter, waiting in self._queue.items() if waiting.model not in held]
+        """Takes out and returns the waiters for whom nothing takes requests any more: no replica holds their
+        model, or only such as they have tried already."""
+        gone = [w for w, waiting in self._queue.items() if not self._takes(waiting.model, waiting.excluded)]
         for waiter in gone:
-            del self._queue[waiter]
+            self._remove(waiter)
         return gone
 
     def retry_after(self, now: float) -> float:
@@ -166,14 +168,24 @@ class Admission:
                 grants.append(Grant(waiter, seat))
             elif not waiting.excluded:
                 blocked.add(waiting.model)
-                if len(blocked) >= self._models():
+                if len(blocked) == len(self._queued_models):
                     break
         for grant in grants:
-            del self._queue[grant.waiter]
+            self._remove(grant.waiter)
         return grants
 
-    def _models(self) -> int:
-        return len(frozenset().union(*(s.models for s in self._seats.values() if s.takes)))
+    def _takes(self, model: str, excluded: frozenset[str]) -> bool:
+        """Whether there is a replica for this, with or without a free slot."""
+        return any(s.takes and model in s.models and s.replica.name not in excluded for s in self._seats.values())
+
+    def _remove(self, waiter: Any) -> bool:
+        waiting = self._queue.pop(waiter, None)
+        if waiting is None:
+            return False
+        self._queued_models[waiting.model] -= 1
+        if not self._queued_models[waiting.model]:
+            del self._queued_models[waiting.model]
+        return True
 
 
 _NONE: list[Grant] = []
