@@ -32,6 +32,8 @@ ENDINGS: Final[dict[str, tuple[bytes, ...]]] = {
     ),
     "messages": (b"event: message_stop", b'"type":"message_stop"'),
 }
+ABORTED: Final = b'"finish_reason":"abort"'
+NO_TOKENS: Final = b'"output_tokens":0'  # Responses and Messages have no finish reason that says it
 
 _decode = msgspec.json.Decoder().decode
 
@@ -58,14 +60,17 @@ def judge(event: bytes, dialect: str) -> Verdict:
     if not isinstance(document, dict):
         return "error"
     if dialect in ("responses", "messages"):
-        return _judge_typed(str(document.get("type", "")))
+        return _judge_typed(str(document.get("type", "")), data)
     return _judge_choices(document)
 
 
-def _judge_typed(kind: str) -> Verdict:
+def _judge_typed(kind: str, data: bytes) -> Verdict:
     if kind == "error" or kind == "response.failed":
         return "error"
-    if kind.endswith((".delta", "_delta", ".completed", ".incomplete")) or kind == "message_stop":
+    # A message that stops without a delta, a response completed without a token: given up by the engine.
+    if kind == "message_stop" or NO_TOKENS in data:
+        return "end" if kind.endswith(("_stop", ".completed")) else "preamble"
+    if kind.endswith((".delta", "_delta", ".completed", ".incomplete")):
         return "token"
     return "preamble"
 
@@ -77,15 +82,31 @@ def _judge_choices(document: dict[str, Any]) -> Verdict:
     if not isinstance(choices, list):
         return "error"
     for choice in choices:
+        if not isinstance(choice, dict):
+            return "error"
         finish = choice.get("finish_reason")
         if finish == "abort":
             return "end"
         if finish is not None or choice.get("text"):
             return "token"
         delta = choice.get("delta") or {}
+        if not isinstance(delta, dict):
+            return "error"
         if delta.get("content") or delta.get("reasoning") or delta.get("reasoning_content") or delta.get("tool_calls"):
             return "token"
     return "preamble"
+
+
+def given_up(body: bytes, dialect: str) -> bool:
+    """Whether a plain answer is one that the engine aborted, as a draining vLLM answers: 200, and no token in it."""
+    return (NO_TOKENS if dialect in ("responses", "messages") else ABORTED) in body
+
+
+def find_error(payload: bytes, dialect: str) -> int:
+    """Where the engine's own error event begins, -1 where there is none. Text of an answer cannot be mistaken for
+    one: JSON escapes the line break before it."""
+    mark = ERRORS[dialect]
+    return 0 if payload.startswith(mark) else payload.find(b"\n" + mark)
 
 
 class Usage(msgspec.Struct):

@@ -456,9 +456,9 @@ class Relay:
                 whole = events.without_usage_event(whole)
                 if not whole:
                     return
-        error = events.ERRORS[self.dialect]
-        if error in whole:
-            self._relay_engine_error(whole, whole.index(error))
+        error_at = events.find_error(whole, self.dialect)
+        if error_at >= 0:
+            self._relay_engine_error(whole, error_at)
             return
         self._last = whole
         self._write_body(whole)
@@ -475,7 +475,7 @@ class Relay:
 
     def _relay_engine_error(self, whole: bytes, at: int) -> None:
         """The engine's own error event ends the stream; the `[DONE]` that vLLM sends after it would be a lie."""
-        end = whole.find(b"\n\n", at)
+        end = whole.find(b"\n\n", at + 1)
         self._count_failure("in_stream_error")
         self._write_body(whole[: end + 2])
         self._drop_connection()
@@ -523,7 +523,7 @@ class Relay:
         self._release("ok", "")
 
     def _end_plain(self, body: bytes, content_type: bytes) -> None:
-        if b'"finish_reason":"abort"' in body:
+        if events.given_up(body, self.dialect):
             self._count_failure("aborted")
             self._again("engine_unreachable", "The engine gave the request up.")
             return
