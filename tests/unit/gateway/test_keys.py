@@ -1,0 +1,71 @@
+"""Who is asking, and what they may use."""
+
+import pytest
+from vitalis_serve.errors import ServeError
+from vitalis_serve.gateway.keys import KeyTable
+
+from tests.support.worker import KEY, snapshot
+
+ROUTES = {"a": "engine-a", "b": "engine-b"}
+
+
+def table(**row: object) -> KeyTable:
+    return KeyTable.decode(snapshot(3, [{"id": "one", "key": KEY, "tenant": "t", **row}], ROUTES))
+
+
+def test_a_key_is_found_by_its_digest() -> None:
+    key = table().identify(KEY.encode(), 0)
+    assert (key.id, key.tenant) == ("one", "t")
+    assert table().version == 3
+
+
+@pytest.mark.parametrize("token", [b"", b"x", KEY[:-1].encode(), KEY.encode() + b" ", b"\xff\x00"])
+def test_any_other_token_is_refused(token: bytes) -> None:
+    with pytest.raises(ServeError, match="not known") as caught:
+        table().identify(token, 0)
+    assert (caught.value.code, caught.value.status) == ("invalid_key", 401)
+
+
+def test_a_key_ends_at_its_second() -> None:
+    keys = table(expires_at=1000.0)
+    assert keys.identify(KEY.encode(), 999.9).id == "one"
+    with pytest.raises(ServeError) as caught:
+        keys.identify(KEY.encode(), 1000.0)
+    assert caught.value.code == "expired_key"
+
+
+def test_an_unknown_model_names_what_the_key_may_use() -> None:
+    keys = table(routes=["b"])
+    key = keys.identify(KEY.encode(), 0)
+    with pytest.raises(ServeError, match=r"`c` does not exist here\. This key may use: b\.") as caught:
+        keys.route(key, "c")
+    assert (caught.value.code, caught.value.status, caught.value.param) == ("model_not_found", 404, "model")
+
+
+def test_a_route_of_others_is_forbidden() -> None:
+    keys = table(routes=["b"])
+    key = keys.identify(KEY.encode(), 0)
+    with pytest.raises(ServeError) as caught:
+        keys.route(key, "a")
+    assert (caught.value.code, caught.value.status) == ("route_not_allowed", 403)
+    assert keys.route(key, "b").model == "engine-b"
+    assert [route.name for route in keys.allowed(key)] == ["b"]
+
+
+def test_a_star_opens_every_route() -> None:
+    keys = table()
+    assert [route.name for route in keys.allowed(keys.identify(KEY.encode(), 0))] == ["a", "b"]
+
+
+def test_a_model_name_of_a_megabyte_does_not_come_back() -> None:
+    keys = table()
+    with pytest.raises(ServeError) as caught:
+        keys.route(keys.identify(KEY.encode(), 0), "x" * 1_000_000)
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("document", [b"", b"[]", b"{}", b'{"version":1,"keys":[{"id":"a"}]}',
+                                      b'{"version":1,"keys":[{"id":"a","digest":"zz","tenant":"t"}]}'])  # fmt: skip
+def test_what_is_no_snapshot_is_an_error(document: bytes) -> None:
+    with pytest.raises(ValueError):  # msgspec's errors are ValueErrors
+        KeyTable.decode(document)

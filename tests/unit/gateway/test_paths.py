@@ -1,0 +1,27 @@
+"""The allow-list is what it is said to be: a new path is a decision, not an accident."""
+
+from vitalis_serve.gateway.events import ENDINGS, ERRORS
+from vitalis_serve.gateway.paths import APIS, OWN
+
+
+def test_the_whole_list() -> None:
+    assert {path: (api.dialect, api.streams) for path, api in APIS.items()} == {
+        b"/v1/chat/completions": ("chat", True),
+        b"/v1/completions": ("completions", True),
+        b"/v1/responses": ("responses", True),
+        b"/v1/messages": ("messages", True),
+        b"/v1/messages/count_tokens": ("messages", False),
+        b"/tokenize": ("plain", False),
+        b"/detokenize": ("plain", False),
+    }
+    assert OWN == {b"/v1/models": True, b"/health": True, b"/healthz": False, b"/readyz": False}
+
+
+def test_every_dialect_that_streams_has_an_ending_and_an_error() -> None:
+    dialects = {api.dialect for api in APIS.values() if api.streams}
+    assert dialects == set(ENDINGS) == set(ERRORS)
+
+
+def test_request_lines() -> None:
+    for path, api in APIS.items():
+        assert api.request_line == b"POST " + path + b" HTTP/1.1\r\nhost: engine\r\n"
