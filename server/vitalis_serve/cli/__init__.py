@@ -4,14 +4,13 @@ What a command needs is imported within it: `vitalis-serve --help` must not wait
 Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 could not start, 130 interrupted.
 """
 
-import importlib
-import importlib.util
 import sys
 from typing import Annotated
 
 import typer
 
 from vitalis_serve import __version__
+from vitalis_serve.cli import configuration, fleet, run, tenants
 from vitalis_serve.errors import ConfigurationError, StartError
 
 app = typer.Typer(
@@ -22,9 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for name in ("run", "fleet", "tenants", "configuration"):
-    if importlib.util.find_spec(f"{__name__}.{name}"):
-        importlib.import_module(f"{__name__}.{name}").register(app)
+for module in (run, fleet, tenants, configuration):
+    module.register(app)
 
 
 def main(arguments: list[str] | None = None) -> int:
