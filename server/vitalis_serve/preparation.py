@@ -9,9 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-from vitalis_serve.engines import models
+from vitalis_serve.engines import flags, models
 from vitalis_serve.engines.environment import cache_folder, engine_python
-from vitalis_serve.engines.flags import known_flags, refuse_unknown
+from vitalis_serve.engines.memory import architecture_of
+from vitalis_serve.engines.placement import check_heads
 from vitalis_serve.errors import ConfigurationError, StartError
 from vitalis_serve.settings import Settings
 
@@ -31,8 +32,11 @@ def main(arguments: list[str]) -> int:
 def _ensure(settings: Settings) -> Path:
     python, cache = engine_python(settings.engines, os.environ), cache_folder(os.environ)
     # Asking vLLM for its options takes seconds the first time, and a wrong one would cost a start that fails.
-    refuse_unknown(settings.engines.engine_args, known_flags(python, cache))
-    return models.ensure(settings.model, cache, python, _show)
+    if unasked := flags.check(settings.engines.engine_args, python, cache):
+        _show(f"options of the engines are not checked: {unasked}")
+    folder = models.ensure(settings.model, cache, python, _show)
+    check_heads(settings.engines.tensor_parallel, architecture_of(folder))
+    return folder
 
 
 def _show(text: str) -> None:

@@ -20,6 +20,18 @@ from vitalis_serve.errors import ConfigurationError
 
 ASK_SECONDS: Final = 180
 _OPTION: Final = re.compile(r"(?<![\w-])--([a-z][a-z0-9.-]*[a-z0-9])")
+# What the shipped profiles use; a test holds the two together.
+COMMON: Final = frozenset(
+    {
+        "dtype",
+        "enforce-eager",
+        "gpu-memory-utilization",
+        "max-cudagraph-capture-size",
+        "max-model-len",
+        "max-num-batched-tokens",
+        "max-num-seqs",
+    }
+)
 # Surely there in any vLLM: a text without them is no help text of it.
 _EXPECTED: Final = frozenset({"model", "max-num-seqs", "tensor-parallel-size"})
 
@@ -98,3 +110,15 @@ def _keep(file: Path, names: list[str]) -> None:
         os.replace(part.name, file)
     except OSError:
         return  # a cache that cannot be written costs a question each time, no more
+
+
+def check(engine_args: Mapping[str, Any], python: Path, cache: Path) -> str:
+    """`refuse_unknown` of what `python`'s vLLM says; a sentence where it could not be asked, else "".
+
+    Options that this project's own profiles use are in every vLLM it is released for, and are not asked about.
+    """
+    if all(name in COMMON for name in engine_args):
+        return ""
+    known = known_flags(python, cache)
+    refuse_unknown(engine_args, known)
+    return known.problem

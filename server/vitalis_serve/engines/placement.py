@@ -36,7 +36,7 @@ def place(settings: Settings, inventory: Inventory, architecture: Architecture |
     Raises ConfigurationError where they do not fit, or where `architecture` cannot be cut so.
     """
     if architecture is not None:
-        _check_heads(settings.engines.tensor_parallel, architecture)
+        check_heads(settings.engines.tensor_parallel, architecture)
     if device_of(settings, inventory) == "cpu":
         return _on_cpu(settings, inventory)
     groups = _groups(_chosen(settings, inventory), settings.engines.tensor_parallel, inventory)
@@ -50,7 +50,8 @@ def place(settings: Settings, inventory: Inventory, architecture: Architecture |
     return tuple(Placement(i, "cuda", gpus=groups[i]) for i in range(replicas))
 
 
-def _check_heads(width: int, architecture: Architecture) -> None:
+def check_heads(width: int, architecture: Architecture) -> None:
+    """Raises ConfigurationError where a model's attention heads cannot be cut into `width` equal parts."""
     heads, kv_heads = architecture.attention_heads, architecture.kv_heads
     right = [n for n in range(1, 65) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
     if width not in right:

@@ -20,6 +20,7 @@ from vitalis_serve.settings.sources import KeyPath, Layer, read_yaml
 from vitalis_serve.settings.variables import environment_layer, setting_paths
 
 DEFAULT_FILE: Final = Path("config/gpt-oss.yaml")
+_MODEL: Final = ("model",)
 _MAPS: Final = (("engines", "engine_args"), ("engines", "engine_env"))
 # Ours to decide: said twice, they would contradict the rest of the configuration.
 RESERVED_ARGS: Final[Mapping[str, str]] = {
@@ -66,13 +67,13 @@ def resolve(
     name, reason = _profile(base, outer, gpus)
     overlay_file = file.parent / "profiles" / f"{name}.yaml"
     overlay = _profile_layer(overlay_file, _place([base, outer], ("profile",)) or "profile")
-    layers = tuple(_normalised(layer) for layer in (base, overlay, outer))
+    layers = tuple(_source_cleared(_normalised(layer)) for layer in (base, overlay, outer))
 
     values = Settings().model_dump()
     values["engines"] |= {"engine_args": {}, "engine_env": {}}
     for layer in layers:
         _refuse_unknown(layer)
-        values = _merge(values, _with_source_cleared(layer.values))
+        values = _merge(values, layer.values)
     values["profile"] = name
     _check_args(values, layers)
     settings = _validated(values, layers)
@@ -159,12 +160,18 @@ def _normalised(layer: Layer) -> Layer:
     return Layer(layer.name, {**layer.values, "engines": {**engines, "engine_args": renamed}}, lines, variables)
 
 
-def _with_source_cleared(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _source_cleared(layer: Layer) -> Layer:
     """A layer that names a model's source replaces the source of the layers below, it does not add one."""
-    model = values.get("model")
+    model = layer.values.get("model")
     if not isinstance(model, Mapping) or all(model.get(key) is None for key in SOURCES):
-        return values
-    return {**values, "model": {**dict.fromkeys((*SOURCES, "revision")), **model}}
+        return layer
+    given: KeyPath = next((*_MODEL, key) for key in SOURCES if model.get(key) is not None)
+    cleared: set[KeyPath] = {(*_MODEL, key) for key in (*SOURCES, "revision") if key not in model}
+    # What was cleared was cleared by the source that is given.
+    lines = dict.fromkeys(cleared, layer.lines[given]) if given in layer.lines else {}
+    variables = dict.fromkeys(cleared, layer.variables[given]) if given in layer.variables else {}
+    values = {**layer.values, "model": {**{path[-1]: None for path in cleared}, **model}}
+    return Layer(layer.name, values, {**layer.lines, **lines}, {**layer.variables, **variables})
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

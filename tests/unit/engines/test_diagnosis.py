@@ -8,12 +8,11 @@ LINES = [
     ("api_server.py: error: argument --dtype: invalid choice: 'bf17'", "refuses the value of --dtype (invalid choice"),
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.", "the GPU ran out of memory"),
     (
-        "ValueError: Free memory on device cuda:0 (3.1/23.6 GiB) on startup is less than desired GPU memory utilization",
+        "ValueError: Free memory on device cuda:0 (3.1/23.6 GiB) is less than desired GPU memory utilization",
         "another process holds memory",
     ),
     (
-        "ValueError: To serve at least one request with the models's max seq len (131072), (3.0 GiB KV cache is needed,"
-        " which is larger than the available KV cache memory (1.5 GiB).",
+        "ValueError: To serve one request (3.0 GiB KV cache is needed, which is larger than the available",
         "no room for one sequence",
     ),
     ("RuntimeError: The NVIDIA driver on your system is too old (found version 11040).", "driver is too old"),

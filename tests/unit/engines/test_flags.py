@@ -3,7 +3,7 @@
 import stat
 
 import pytest
-from vitalis_serve.engines.flags import KnownFlags, known_flags, refuse_unknown
+from vitalis_serve.engines.flags import COMMON, KnownFlags, check, known_flags, refuse_unknown
 from vitalis_serve.errors import ConfigurationError
 
 HELP = """usage: api_server.py [-h] [--model MODEL] [--max-num-seqs N]
@@ -100,3 +100,14 @@ def test_unknown_options_are_refused(args, words):
     with pytest.raises(ConfigurationError) as caught:
         refuse_unknown(args, KNOWN)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("profile", ["h200", "h100", "a100", "l40s", "rtx-24gb", "rtx-16gb", "cpu-demo", "cpu-tiny"])
+def test_shipped_profiles_need_not_be_asked_about(configured, tmp_path, profile):
+    args = configured(profile).engines.engine_args
+    assert set(args) <= COMMON
+    assert check(args, tmp_path / "none", tmp_path) == ""
+
+
+def test_others_are_asked_about(tmp_path):
+    assert "could not be asked" in check({"seed": 1}, tmp_path / "none", tmp_path)

@@ -103,7 +103,8 @@ def test_a_folder_describes_its_model(tmp_path, shapes):
     config = {
         "model_type": "gpt_oss", "num_hidden_layers": 24, "sliding_window": 128, "hidden_size": 2880, "head_dim": 64,
         "layer_types": ["sliding_attention", "full_attention"] * 12, "num_attention_heads": 64, "vocab_size": 201088,
-        "num_key_value_heads": 8, "num_experts_per_tok": 4, "intermediate_size": 2880, "max_position_embeddings": 131072,
+        "num_key_value_heads": 8, "num_experts_per_tok": 4, "intermediate_size": 2880,
+        "max_position_embeddings": 131072,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     found, known = architecture_of(tmp_path), shapes["gpt-oss-20b"]

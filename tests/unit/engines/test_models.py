@@ -144,7 +144,8 @@ def test_two_starts_build_once(tmp_path, builder):
     code = (
         "import sys; from pathlib import Path; from vitalis_serve.engines.models import ensure;"
         "from vitalis_serve.settings.schema import Model;"
-        f"print(ensure(Model(build='gpt-oss-tiny'), Path({str(tmp_path / 'cache')!r}), Path({str(python)!r}), lambda _: None))"
+        f"cache, python = Path({str(tmp_path / 'cache')!r}), Path({str(python)!r});"
+        "print(ensure(Model(build='gpt-oss-tiny'), cache, python, lambda _: None))"
     )
 
     def other():

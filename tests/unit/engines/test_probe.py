@@ -89,7 +89,7 @@ def test_an_answer_that_ends_with_the_connection_is_read_whole(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (reply(500, {"error": {"message": "cannot schedule\nnew futures"}}), "answered 500: cannot schedule new futures"),
+        (reply(500, {"error": {"message": "cannot\nschedule"}}), "answered 500: cannot schedule"),
         (reply(404, b"{}"), "answered 404"),
         (reply(200, {"choices": [], "usage": {"completion_tokens": 1}}), "without a choice"),
         (reply(200, {"choices": [{}], "usage": {"completion_tokens": 0}}), "without generating a token"),

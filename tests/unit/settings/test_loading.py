@@ -52,6 +52,13 @@ def test_place_names_the_layer_that_won(write):
     assert resolved.files == (path, path.parent / "profiles/plain.yaml")
 
 
+def test_place_of_a_source_that_was_replaced_is_what_replaced_it(write):
+    path = write("model:\n  hub: a/b\n", "model:\n\n  build: gpt-oss-tiny\n")
+    resolved = resolve(path, CPU)
+    assert resolved.settings.model.hub is None
+    assert resolved.place(("model", "hub")).endswith("plain.yaml:3")
+
+
 def test_routes_default_to_the_model(write):
     assert load(write("model: {name: m}"), CPU).routes[0].model_dump() == {"name": "m", "model": "m"}
     settings = load(write("model: {name: m}\nroutes: [{name: a}, {name: b, model: c}]"), CPU)
