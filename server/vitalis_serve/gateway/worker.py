@@ -6,7 +6,6 @@ looks at every deadline; nothing else here runs by the clock.
 """
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -129,11 +128,12 @@ class Worker:
 
     def _load_snapshot(self) -> None:
         path = Path(self._options.snapshot_path)
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                self._on_snapshot(path.read_bytes())
-            except (OSError, ValueError, msgspec.DecodeError) as error:
-                logger.warning("the snapshot %s cannot be read (%s); waiting for control", path, error)
+        try:
+            self._on_snapshot(path.read_bytes())
+        except FileNotFoundError:
+            logger.info("no snapshot yet; waiting for control")
+        except (OSError, ValueError, msgspec.DecodeError) as error:
+            logger.warning("the snapshot %s cannot be read (%s); waiting for control", path, error)
 
     def _on_snapshot(self, document: bytes) -> None:
         table = KeyTable.decode(document)
