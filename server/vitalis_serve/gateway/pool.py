@@ -97,7 +97,8 @@ class EngineConnection(asyncio.Protocol):
         try:
             self._feed(data)
         except httptools.HttpParserError:
-            if not self._complete:
+            # More than the length that was announced: what was taken for the whole answer may be a part of it.
+            if not self._complete or self.content_length >= 0:
                 relay.on_engine_failed("protocol", "The engine's answer is not valid HTTP.")
                 return
             self.usable = False  # a whole answer, then garbage: the answer stands, the connection goes
@@ -142,6 +143,10 @@ class EngineConnection(asyncio.Protocol):
         return False  # a half-closed engine answers nothing more: close
 
     # -- httptools
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise ValueError("a second answer to one request")  # becomes a parser's error
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()

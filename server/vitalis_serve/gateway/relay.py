@@ -243,7 +243,8 @@ class Relay:
             self._again("engine_unreachable", "The replica was taken away.")
             return
         self._attempt += 1
-        connection = pool.take()
+        # Where one idle connection was stale the others may be too: the free retry is made on a new one.
+        connection = None if self._stale_retries else pool.take()
         if connection is not None:
             self._assign(connection)
         else:
@@ -346,6 +347,11 @@ class Relay:
     def on_engine_lost(self, *, started: bool, reused: bool) -> None:
         """The connection is gone before the answer was whole."""
         self._connection = None
+        if self.phase == RELAYING and self._is_whole():
+            self._leave()
+            self._end_framing()
+            self._release("ok", "")
+            return
         if reused and not started and not self._stale_retries and self.phase == WAITING:
             # An idle connection that the engine closed just as it was used: costs nobody anything.
             self._stale_retries += 1
@@ -515,12 +521,16 @@ class Relay:
             self._relay_events(payload)
             if self.phase != RELAYING:
                 return
-        if self._tail or not any(ending in self._last for ending in events.ENDINGS[self.dialect]):
+        if not self._is_whole():
             self._count_failure("truncated")
             self._fail(ServeError("engine_protocol", "The engine's stream ended before it was whole."))
             return
         self._end_framing()
         self._release("ok", "")
+
+    def _is_whole(self) -> bool:
+        """Whether a stream has come to its API's own end, whatever becomes of its connection."""
+        return self.stream and not self._tail and any(end in self._last for end in events.ENDINGS[self.dialect])
 
     def _end_plain(self, body: bytes, content_type: bytes) -> None:
         if events.given_up(body, self.dialect):
