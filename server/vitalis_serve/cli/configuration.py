@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitalis_serve.engines import flags, hub, models
+from vitalis_serve.engines import flags, models
 from vitalis_serve.engines.command import EngineCommand, engine_command
 from vitalis_serve.engines.environment import cache_folder, engine_python
 from vitalis_serve.engines.gpus import Inventory, read_inventory
@@ -375,6 +375,8 @@ def fetch(config: Config = None) -> None:
 @model_commands.command()
 def verify(config: Config = None, as_json: Json = False) -> None:
     """Whether the configured model's files are whole and, where they were fetched, equal to the hub's."""
+    from vitalis_serve.engines import hub  # its client is slow to import, and every command loads this module
+
     settings = load(config, os.environ)
     python, _ = _python(settings)
     folder = models.folder_of(settings.model, cache_folder(os.environ), python)

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections import deque
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vitalis_serve.engines import hub
 from vitalis_serve.engines.diagnosis import remedy
 from vitalis_serve.errors import ConfigurationError, StartError
 from vitalis_serve.settings.schema import Model
@@ -204,6 +202,9 @@ def _locked(folder: Path, progress: Progress) -> Iterator[None]:
 def _make(model: Model, folder: Path, python: Path, progress: Progress, environ: Mapping[str, str]) -> None:
     part = folder.parent / f"{folder.name}.part"
     if model.hub is not None:
+        # Importing the hub's client takes a third of a second, which only a download is worth.
+        from vitalis_serve.engines import hub
+
         hub.download(model.hub, model.revision, part, progress, environ)
     else:
         shutil.rmtree(part, ignore_errors=True)
@@ -217,7 +218,11 @@ def _make(model: Model, folder: Path, python: Path, progress: Progress, environ:
 
 def _build(kind: str, part: Path, python: Path, progress: Progress, environ: Mapping[str, str]) -> None:
     progress(f"{kind}: building (once; kept in {part.parent})")
-    env = {key: value for key, value in environ.items() if not key.startswith(("VITALIS_", "VLLM_", "PYTHON"))}
+    ours = ("VITALIS_", "VLLM_", "PYTHON")
+    # The supervisor's mark stays, and so does its process group: if we are killed, the builder is found and ended.
+    env = {key: value for key, value in environ.items() if key == "VITALIS_TREE" or not key.startswith(ours)}
+    # Bars that redraw themselves would come out as hundreds of lines.
+    env |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     env |= {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     last: deque[str] = deque(maxlen=40)
     try:
@@ -232,30 +237,23 @@ def _build(kind: str, part: Path, python: Path, progress: Progress, environ: Map
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                start_new_session=True,
             ) as builder,
         ):
             assert builder.stdout is not None
             try:
                 for line in builder.stdout:
-                    last.append(line.rstrip())
-                    progress(f"{kind}: {line.rstrip()}")
+                    if text := line.rstrip():
+                        last.append(text)
+                        progress(f"{kind}: {text}")
                 code = builder.wait()
             finally:
-                _end_group(builder.pid)
+                builder.kill()  # without effect once it has ended
     except OSError as error:
         raise StartError(f"{kind}: its builder could not be run: {error}") from None
     if code != 0:
         shutil.rmtree(part, ignore_errors=True)
         cause = remedy(tuple(last)) or (last[-1] if last else "no output")
         raise StartError(f"{kind}: building it failed (exit code {code}): {cause}")
-
-
-def _end_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
 def _wants_vocabulary(folder: Path) -> bool:
