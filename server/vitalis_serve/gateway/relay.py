@@ -271,6 +271,8 @@ class Relay:
     def on_connected(self, attempt: int, connection: "EngineConnection") -> None:
         if attempt != self._attempt or self.phase != CONNECTING:
             connection.pool.put_back(connection)  # the client left meanwhile; the connection is good
+        elif not connection.usable:
+            self.on_connect_failed(attempt, "closed at once")  # lost before it had a relay to tell
         else:
             self._assign(connection)
 
