@@ -18,7 +18,7 @@ def answer(relay: "Relay", state: "WorkerState") -> None:
     if path == b"/healthz":
         relay.reply({"status": "alive"})
     elif path == b"/readyz":
-        if state.draining or not state.keys.version:
+        if state.unready or state.draining or not state.keys.version:
             raise ServeError("draining", "This worker does not take requests.", retry_after=1)
         relay.reply({"status": "ready"})
     elif path == b"/health":

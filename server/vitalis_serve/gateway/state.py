@@ -36,6 +36,7 @@ class WorkerState:
         )
         self.keys: KeyTable = KeyTable.decode(b'{"version":0}')
         self.fleet = Fleet()
+        self.unready = False  # stopping soon: whoever asks /readyz may go elsewhere, requests are still taken
         self.draining = False
         self.date_line = b""  # the Date header, renewed by the sweep
         self.on_suspect: Callable[[str, int, str], None] = _nobody

@@ -90,6 +90,8 @@ class Worker:
         kind = message.get("type")
         if kind == "fleet":
             self.state.take_fleet(Fleet.from_json(message))
+        elif kind == "unready":
+            self.state.unready = True
         elif kind == "drain":
             self.drain(float(message.get("seconds", 0)))
         elif kind == "in_flight?" and self._link is not None:
