@@ -159,13 +159,17 @@ class ClientConnection(asyncio.Protocol):
                 if relay is not None:
                     relay.keep_alive = False
                 self._ahead, self._ahead_bytes = [], 0
-                self._received = None
-            else:
+                received, self._received = self._received, None
+                if received is not None:
+                    received.cancel("refused", "invalid_request")
+            elif self.phase != LINGERING:
                 self._refuse(ServeError("invalid_request", f"This is not a valid HTTP/1.1 request: {_reason(error)}."))
 
     def _head_ends(self, data: bytes) -> bool:
         """Whether the head, started in earlier reads, ends within its limit in this one."""
         room = self._state.options.max_header_bytes - (self._head_bytes - len(data))
+        if data.startswith((b"\n", b"\r\n")):
+            return room >= 0  # the blank line may have begun in the read before
         return 0 <= data.find(b"\r\n\r\n") <= room
 
     def _keep_ahead(self, data: bytes) -> None:
@@ -178,6 +182,8 @@ class ClientConnection(asyncio.Protocol):
     # -- httptools: the request's head
 
     def on_message_begin(self) -> None:
+        if self.phase == LINGERING:
+            return  # behind a request that ends the connection: nobody answers it
         self._received = Relay(self, self._state)
         self._url = b""
         self._head_done = False
