@@ -20,6 +20,7 @@ OTHER_VARIABLES: Final = MappingProxyType(
         "VITALIS_CONFIG": "the configuration file, where --config is not given",
         "VITALIS_CACHE": "folder of environments and models, default ~/.cache/vitalis-serve",
         "VITALIS_ENGINE_PYTHON": "python of the engine's environment, where engines.engine_python is auto",
+        "VITALIS_KEY": "a key for `vitalis-serve smoke`, where --key is not given",
         "VITALIS_SUPERVISOR_FD": "internal: a child's channel to the supervisor",
         "VITALIS_DATA_FD": "internal: the data socket, handed down by the supervisor",
         "VITALIS_TREE": "internal: marks the processes of one tree, so that orphans can be told",
