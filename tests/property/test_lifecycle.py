@@ -2,7 +2,6 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from vitalis_serve.fleet import ReplicaState as State
 from vitalis_serve.supervise import lifecycle as lc
 
