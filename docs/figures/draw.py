@@ -7,6 +7,8 @@ from pathlib import Path
 
 INK, SOFT, ALARM = "#33404d", "#51606e", "#8a2f2f"
 GREY, BLUE, GREEN, SAND, ROSE = "#f4f6f8", "#dbe7f3", "#e3f1e1", "#f6ecd9", "#f3e1e8"
+TIP = 'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" orient="auto-start-reverse"'
+HALO = 'stroke="white" stroke-width="3" paint-order="stroke" stroke-opacity="0.85"'
 Point = tuple[float, float]
 
 SERVING = ("ready", "busy", "suspect")
@@ -16,19 +18,20 @@ DOWN = ("backoff", "failed")
 class Figure:
     def __init__(self, width: int, height: int, title: str) -> None:
         self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            'font-family="Helvetica, Arial, DejaVu Sans, sans-serif">',
+            '<svg xmlns="http://www.w3.org/2000/svg" '
+            + f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
             f"<title>{escape(title)}</title>",
-            '<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" '
-            f'orient="auto-start-reverse"><path d="M0 1 L9 5 L0 9 Z" fill="{SOFT}"/></marker></defs>',
+            f'<defs><marker id="tip" {TIP}><path d="M0 1 L9 5 L0 9 Z" fill="{SOFT}"/></marker></defs>',
             f'<rect width="{width}" height="{height}" fill="white"/>',
+            '<g font-family="Helvetica, Arial, DejaVu Sans, sans-serif">',
         ]
 
     def box(self, x: float, y: float, width: float, height: float, text: str, fill: str = GREY) -> None:
         """Around its centre; the first line is bold."""
         left, top = x - width / 2, y - height / 2
         self.parts.append(
-            f'<rect x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" rx="7" fill="{fill}" stroke="{SOFT}"/>'
+            f'<rect x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" rx="7" '
+            f'fill="{fill}" stroke="{SOFT}"/>'
         )
         self.text(x, y, text, size=13, bold_first=True)
 
@@ -48,8 +51,8 @@ class Figure:
         for i, line in enumerate(lines):
             weight = ' font-weight="bold"' if bold_first and i == 0 and len(lines) > 1 else ""
             self.parts.append(
-                f'<text x="{x:g}" y="{first + i * size * 1.25:g}" font-size="{size}" fill="{colour}" text-anchor="{anchor}"'
-                f'{weight} stroke="white" stroke-width="3" paint-order="stroke" stroke-opacity="0.85">{escape(line)}</text>'
+                f'<text x="{x:g}" y="{first + i * size * 1.25:g}" font-size="{size}" fill="{colour}" '
+                f'text-anchor="{anchor}"{weight} {HALO}>{escape(line)}</text>'
             )
 
     def arrow(
@@ -66,7 +69,7 @@ class Figure:
         )
 
     def __str__(self) -> str:
-        return "\n".join([*self.parts, "</svg>", ""])
+        return "\n".join([*self.parts, "</g>", "</svg>", ""])
 
 
 def processes() -> Figure:
@@ -96,10 +99,10 @@ def processes() -> Figure:
     f.text(432, 360, "HTTP 8080")
     f.text(120, 90, "the command line,\nPrometheus, people\nwith control.token", size=12)
     f.text(410, 418, "clients: OpenAI's, Anthropic's, any HTTP", size=12)
-    f.box(491, 90, 296, 78, "supervisor\nvitalis-serve up, or gateway\nowns processes, replica states, fleet.json", BLUE)
+    f.box(491, 90, 296, 78, "supervisor\nvitalis-serve up, or gateway\nowns processes, replica states, orders", BLUE)
     f.box(240, 262, 200, 70, "control\nadmin API on loopback\nowns vitalis.db", SAND)
     f.box(500, 262, 200, 70, "worker-0\nthe gateway, port 8080\nowns requests and slots", GREEN)
-    f.box(800, 262, 180, 70, "keeper\none for each engine\nnothing below it outlives it", GREY)
+    f.box(800, 262, 194, 70, "keeper\none for each engine\nnothing below it outlives it", GREY)
     f.box(800, 400, 204, 74, "engine-0\nvLLM's API server,\nin its own environment", ROSE)
     f.box(790, 474, 330, 34, "vLLM's EngineCore and tensor-parallel workers", ROSE)
     return f
@@ -110,10 +113,10 @@ def request() -> Figure:
         ("bytes from the client\nprotocol.py: httptools, limits and deadlines of head and body", "400  408  431"),
         ("path and method\nthe allow-list of paths.py", "404  405  415"),
         ("key\nits SHA-256, looked up in the snapshot of keys", "401  403  503"),
-        ("body\ntop level decoded, policy applied, route found, written back once", "400  403  404  408  413"),
+        ("body\ntop level decoded, policy applied, route found, written back once", "400  403  404  408  413  503"),
         ("admission\na slot at the replica with the fewest requests, or the queue", "503 with Retry-After"),
         ("pool\nan idle connection to that engine, or a new one", "502"),
-        ("hold\nthe head and the first events are kept until a token comes", "502  504, or the engine's 4xx"),
+        ("hold\nthe head and the first events are kept until a token comes", "502  503  504, or the engine's 4xx"),
         ("relay\nbytes as they come, one write for each read", "the API's own error event"),
         ("release, once\nconnection, slot, counts, access log", ""),
     )
