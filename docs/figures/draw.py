@@ -17,9 +17,9 @@ DOWN = ("backoff", "failed")
 
 class Figure:
     def __init__(self, width: int, height: int, title: str) -> None:
+        size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         self.parts = [
-            '<svg xmlns="http://www.w3.org/2000/svg" '
-            + f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
             f"<title>{escape(title)}</title>",
             f'<defs><marker id="tip" {TIP}><path d="M0 1 L9 5 L0 9 Z" fill="{SOFT}"/></marker></defs>',
             f'<rect width="{width}" height="{height}" fill="white"/>',
