@@ -34,6 +34,7 @@ from vitalis_serve.errors import ConfigurationError, StartError
 from vitalis_serve.fleet import TAKES_REQUESTS, Fleet, ReplicaState
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.settings import Settings
+from vitalis_serve.settings.schema import Route
 from vitalis_serve.supervise import folders, orphans
 from vitalis_serve.supervise.attendant import AttendantSpec
 from vitalis_serve.supervise.child import keep
@@ -44,6 +45,10 @@ from vitalis_serve.supervise.supervisor import Supervisor, SupervisorOptions
 from vitalis_serve.welcome import Welcome
 
 logger = logging.getLogger(__name__)
+
+OWN_IDLE_SECONDS = 60.0  # our engines keep idle connections for far longer
+FOREIGN_IDLE_SECONDS = 4.0  # vLLM by default closes them after 5 s
+LISTING_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +95,17 @@ def up(settings: Settings) -> int:
     return 0
 
 
-def gateway(settings: Settings, engines: Sequence[str]) -> int:
+def gateway(settings: Settings, engines: Sequence[str], model: str | None = None) -> int:
     """Control and workers in front of engines that somebody else runs, at `engines` (http://host:port or
-    unix:PATH)."""
+    unix:PATH). `model` is what they serve; if it is not given they are asked."""
     addresses = [_address(text) for text in engines]
     if not addresses:
         raise ConfigurationError("give at least one --engine, for example --engine http://127.0.0.1:8000")
+    settings = _serving(settings, (model,) if model else asyncio.run(_listed(addresses)))
     place_ = _prepare(settings)
-    supervisor_options = _supervisor_options(settings, place_, replicas=len(addresses))
+    supervisor_options = _supervisor_options(
+        settings, place_, replicas=len(addresses), upstream_idle_seconds=FOREIGN_IDLE_SECONDS
+    )
 
     async def run() -> None:
         supervisor = Supervisor(supervisor_options, relay=_relay())
@@ -149,6 +157,25 @@ def engine(settings: Settings) -> int:
 # What there is to run
 
 
+async def _listed(addresses: Sequence[str]) -> tuple[str, ...]:
+    """The models of the first engine that lists any; () where none answers yet."""
+    deadline = asyncio.get_running_loop().time() + LISTING_SECONDS
+    for names in await asyncio.gather(*(probe.models(address, deadline) for address in addresses)):
+        if names:
+            return names
+    return ()
+
+
+def _serving(settings: Settings, names: Sequence[str]) -> Settings:
+    """`settings` with the model that external engines serve; routes that were configured stay as they are."""
+    if not names:
+        return settings
+    chosen: dict[str, Any] = {"model": settings.model.model_copy(update={"name": names[0]})}
+    if settings.routes == (Route(name=settings.model.name),) or not settings.routes:
+        chosen["routes"] = tuple(Route(name=name, model=name) for name in names)
+    return settings.model_copy(update=chosen)
+
+
 def _prepare(settings: Settings) -> Place:
     data = settings.data_folder.absolute()
     place_ = Place(data, folders.prepare(data))
@@ -159,12 +186,14 @@ def _prepare(settings: Settings) -> Place:
     return place_
 
 
-def _supervisor_options(settings: Settings, place_: Place, *, replicas: int) -> SupervisorOptions:
+def _supervisor_options(
+    settings: Settings, place_: Place, *, replicas: int, upstream_idle_seconds: float = OWN_IDLE_SECONDS
+) -> SupervisorOptions:
     control_file = _write(place_.run / "control.json", _control_options(settings, place_))
     workers = []
     for index in range(settings.gateway.workers):
         name = f"worker-{index}"
-        file = _write(place_.run / f"{name}.json", _worker_options(settings, place_, name))
+        file = _write(place_.run / f"{name}.json", _worker_options(settings, place_, name, upstream_idle_seconds))
         argv = (sys.executable, "-m", "vitalis_serve.gateway.worker", str(file))
         workers.append(AttendantSpec(name, "worker", argv, dict(os.environ)))
     return SupervisorOptions(
@@ -187,7 +216,7 @@ def _supervisor_options(settings: Settings, place_: Place, *, replicas: int) -> 
     )
 
 
-def _worker_options(settings: Settings, place_: Place, name: str) -> WorkerOptions:
+def _worker_options(settings: Settings, place_: Place, name: str, upstream_idle_seconds: float) -> WorkerOptions:
     gateway_, deadlines = settings.gateway, settings.gateway.deadlines
     return WorkerOptions(
         name=name,
@@ -208,6 +237,7 @@ def _worker_options(settings: Settings, place_: Place, name: str) -> WorkerOptio
         idle_seconds=deadlines.idle_seconds,
         client_stalled_seconds=deadlines.client_stalled_seconds,
         total_seconds=deadlines.total_seconds,
+        upstream_idle_seconds=upstream_idle_seconds,
         workers=gateway_.workers,
     )
 

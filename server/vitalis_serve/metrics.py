@@ -1,7 +1,7 @@
 """Every metric of ours, in one list. Workers count in plain numbers; control renders them (`control/exposition.py`).
 
-A worker's report (JSON): {"counters": [[name, {label: value}, number]...], "gauges": the same,
-"histograms": [[name, {label: value}, [count per bucket, one more than bounds], sum]...]}; bucket counts are not cumulative.
+A worker's report (JSON): {"counters": [[name, {label: value}, number]...], "gauges": the same, "histograms":
+[[name, {label: value}, [count per bucket, one more than bounds], sum]...]}; bucket counts are not cumulative.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,9 @@ WORKER_METRICS: Final = (
     Metric("vitalis_access_log_dropped_total", "counter", "Access records dropped because the log was too slow."),
     Metric("vitalis_event_loop_lag_seconds", "gauge", "How late the last timer of this worker fired."),
     Metric("vitalis_body_bytes", "gauge", "Bytes of request bodies held."),
-    Metric("vitalis_first_byte_seconds", "histogram", "From a whole request to the first byte of its answer.", ("route",)),
+    Metric(
+        "vitalis_first_byte_seconds", "histogram", "From a whole request to the first byte of its answer.", ("route",)
+    ),
     Metric("vitalis_first_token_seconds", "histogram", "From a whole request to its first token.", ("route",)),
     Metric("vitalis_request_seconds", "histogram", "From a whole request to the last byte of its answer.", ("route",)),
     Metric("vitalis_queue_seconds", "histogram", "Time spent waiting for a slot.", ("route",)),

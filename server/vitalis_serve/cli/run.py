@@ -14,7 +14,6 @@ import typer
 from vitalis_serve import main
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.settings import Settings, load
-from vitalis_serve.settings.schema import Route
 from vitalis_serve.supervise.commands import NotRunning, request
 from vitalis_serve.supervise.folders import run_folder
 from vitalis_serve.welcome import FIRST_KEY, QUESTION
@@ -39,18 +38,11 @@ def gateway(
     engines: Annotated[
         list[str], typer.Option("--engine", help="http://HOST:PORT or unix:/PATH; once for each engine.")
     ],
-    model: Annotated[str | None, typer.Option(help="The model they serve; default: model.name.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model they serve; default: the first one they list.")] = None,
     config: Config = None,
 ) -> None:
     """Run the gateway and control in front of engines that are already there."""
-    settings = load(config, os.environ)
-    if model is not None:
-        chosen = {
-            "model": settings.model.model_copy(update={"name": model}),
-            "routes": (Route(name=model, model=model),),
-        }
-        settings = settings.model_copy(update=chosen)
-    raise typer.Exit(main.gateway(settings, engines))
+    raise typer.Exit(main.gateway(load(config, os.environ), engines, model))
 
 
 def engine(config: Config = None) -> None:

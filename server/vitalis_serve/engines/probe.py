@@ -99,6 +99,18 @@ async def progress(address: str, deadline: float | None = None) -> Progress:
     return parse_metrics(text)
 
 
+async def models(address: str, deadline: float) -> tuple[str, ...]:
+    """The names that the engine answers to, as it lists them; () where it does not say."""
+    try:
+        status, answer = await request(address, "GET", "/v1/models", deadline)
+    except ProbeError:
+        return ()
+    listed = _document(answer).get("data") if status == 200 else None
+    if not isinstance(listed, list):
+        return ()
+    return tuple(str(model["id"]) for model in listed if isinstance(model, dict) and "id" in model)
+
+
 def parse_metrics(text: bytes) -> Progress:
     """vLLM's exposition, each series summed over its labels (engines of one process). Never fails: what is not
     there is 0."""
