@@ -171,7 +171,7 @@ def _serving(settings: Settings, names: Sequence[str]) -> Settings:
     if not names:
         return settings
     chosen: dict[str, Any] = {"model": settings.model.model_copy(update={"name": names[0]})}
-    if settings.routes == (Route(name=settings.model.name),) or not settings.routes:
+    if all(route.name == settings.model.name for route in settings.routes):  # the one that loading fills in
         chosen["routes"] = tuple(Route(name=name, model=name) for name in names)
     return settings.model_copy(update=chosen)
 
