@@ -55,16 +55,17 @@ def smoke(
         str | None, typer.Option(envvar="VITALIS_KEY", help="Default: the file first-key in the data folder.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="Default: the gateway of the running supervisor.")] = None,
-    model: Annotated[str | None, typer.Option(help="A route; default: the first configured.")] = None,
+    model: Annotated[str | None, typer.Option(help="A route; default: the first that the key may use.")] = None,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """One real chat through the gateway, plain and streamed, with timings."""
     settings = load(config, os.environ)
     host, port = _gateway_place(settings, url)
-    name = model or (settings.routes[0].name if settings.routes else settings.model.name)
+    credential = _key(settings, key)
     try:
-        results = [_chat(host, port, _key(settings, key), name, stream=stream) for stream in (False, True)]
+        name = model or _first_model(host, port, credential)
+        results = [_chat(host, port, credential, name, stream=stream) for stream in (False, True)]
     except (OSError, http.client.HTTPException, ValueError) as exc:
         typer.echo(f"the gateway at {host}:{port} did not answer as it should: {exc}", err=True)
         raise typer.Exit(1) from exc
@@ -127,6 +128,22 @@ def _gateway_place(settings: Settings, url: str | None) -> tuple[str, int]:
     except NotRunning:
         host, port_number = settings.gateway.host, settings.gateway.port
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port_number
+
+
+def _first_model(host: str, port: int, key: str) -> str:
+    """The first route that the key may use. Raises ValueError with the gateway's own words where it says no."""
+    connection = http.client.HTTPConnection(host, port, timeout=30)
+    try:
+        connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise ValueError(f"{response.status}: {answer['error']['message']}")
+    if not answer["data"]:
+        raise ValueError("the key may use no route")
+    return str(answer["data"][0]["id"])
 
 
 def _chat(host: str, port: int, key: str, model: str, *, stream: bool) -> Chat:
