@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Makes or finds the virtual environment of one role and prints its Python's path.
 
-    python3 deploy/environments.py ROLE             ROLE: gateway, dev, engine-cpu, engine-cuda, or engine (by the hardware)
-    python3 deploy/environments.py ROLE --commands .venv    also writes .venv/bin/{vitalis-serve,python,...} for this checkout
+    python3 deploy/environments.py ROLE [--commands .venv]
+
+ROLE: gateway, dev, engine-cpu, engine-cuda, or engine (one of the last two, by the hardware). With --commands it also
+writes .venv/bin/vitalis-serve, python and the like, for this checkout.
 
 Environments live in the cache folder ($VITALIS_CACHE, else $XDG_CACHE_HOME/vitalis-serve, else ~/.cache/vitalis-serve)
 under `env/<role>-<hash of lock file, Python and this layout>`, shared by all checkouts; the package itself is not in
@@ -23,7 +25,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 - people run this with whatever python3 they have
     sys.exit(
         f"deploy/environments.py needs Python 3.11 or newer, and {sys.executable} is "
         f"{sys.version_info[0]}.{sys.version_info[1]}: run it with a newer one (make PYTHON=python3.11 ...)"
@@ -93,9 +95,7 @@ def base_python(role: str) -> str:
         candidate = sys.executable if version == own else shutil.which(f"python{version}")
         if candidate and runs(candidate):
             if role == "engine-cpu" and version != "3.11":
-                say(
-                    f"{role}: no Python 3.11 found; using {version}, for which the lock holds but which our tests do not run"
-                )
+                say(f"{role}: no Python 3.11 found; using {version}, which the lock is for but our tests do not run")
             return candidate
     raise EnvironmentFailure(
         f"{role}: vLLM and PyTorch are locked for Python {', '.join(ENGINE_PYTHONS)}, and none of them is on PATH "
@@ -185,9 +185,7 @@ def make(role: str, base: str, path: Path) -> None:
                 continue
             requirements = Path(scratch) / f"{part}.txt"
             requirements.write_text(text)
-            install_part(
-                role, [*install, "-r", str(requirements)], with_torch_index=part == "torch" and "+cpu" in text
-            )
+            install_part(role, [*install, "-r", str(requirements)], with_torch_index=part == "torch" and "+cpu" in text)
     check_imports(role, built / "bin" / "python", modules)
     link = path.parent / f".{path.name}.link"
     link.unlink(missing_ok=True)
@@ -214,17 +212,13 @@ def make_empty(role: str, base: str, built: Path) -> list[str]:
     bare = subprocess.run(
         [base, "-m", "venv", "--without-pip", str(built)], capture_output=True, text=True, check=False
     )
-    has_pip = (
-        subprocess.run([base, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
-    )
+    has_pip = subprocess.run([base, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
     if bare.returncode == 0 and has_pip:
         return [base, "-m", "pip", "--python", str(built / "bin" / "python"), *options]
     shutil.rmtree(built, ignore_errors=True)
     said = (made.stdout + made.stderr).strip()
     if "No space left" in said:
-        raise EnvironmentFailure(
-            f"{role}: the disk of {built.parent} is full; make room, or set VITALIS_CACHE"
-        )
+        raise EnvironmentFailure(f"{role}: the disk of {built.parent} is full; make room, or set VITALIS_CACHE")
     raise EnvironmentFailure(
         f"{role}: {base} cannot make virtual environments: install its venv module (on Debian and Ubuntu: "
         f"apt-get install python3-venv). It said: {said.splitlines()[-1] if said else 'nothing'}"
@@ -250,9 +244,7 @@ def install_part(role: str, command: list[str], *, with_torch_index: bool) -> No
     if code == 0:
         return
     if any("No space left" in line for line in said):
-        raise EnvironmentFailure(
-            f"{role}: the disk filled up during the installation; make room, or set VITALIS_CACHE"
-        )
+        raise EnvironmentFailure(f"{role}: the disk filled up during the installation; make room, or set VITALIS_CACHE")
     last = "\n".join(f"    {line}" for line in list(said)[-8:]) or "    (its message is above)"
     raise EnvironmentFailure(f"{role}: pip failed with exit code {code}. Its last lines:\n{last}")
 
@@ -279,9 +271,7 @@ def run_shown(role: str, command: list[str], *, quiet: bool) -> tuple[int, deque
                 code = child.wait(PROGRESS_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                say(
-                    f"{role}: {time.monotonic() - began:.0f} s, {(said[-1] if said else 'pip is starting')[:100]}"
-                )
+                say(f"{role}: {time.monotonic() - began:.0f} s, {(said[-1] if said else 'pip is starting')[:100]}")
     except BaseException:
         child.terminate()
         child.wait()
@@ -307,12 +297,10 @@ def write_commands(folder: Path, python: Path) -> None:
     PYTHONPATH is how the package reaches child processes too; `-P` keeps the working folder out of the path.
     """
     if (folder / "pyvenv.cfg").exists():
-        raise EnvironmentFailure(
-            f"{folder} is a virtual environment of your own: move it away, or name another folder"
-        )
+        raise EnvironmentFailure(f"{folder} is a virtual environment of your own: move it away, or name another folder")
     commands = {
         "python": '"$@"',
-        "vitalis-serve": '-P -c "import sys; sys.argv[0] = \'vitalis-serve\'; from vitalis_serve.cli import main; sys.exit(main())" "$@"',
+        "vitalis-serve": '-P -m vitalis_serve "$@"',
     }
     for name, module in COMMANDS.items():
         if (python.parent / name).exists():
@@ -339,9 +327,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if sys.platform != "linux" or platform.machine() not in {"x86_64", "AMD64"}:
-        say(
-            f"the locks are made and tested for Linux on x86-64; this is {sys.platform} on {platform.machine()}"
-        )
+        say(f"the locks are made and tested for Linux on x86-64; this is {sys.platform} on {platform.machine()}")
     try:
         python = find_or_make(arguments.role)
         if arguments.commands:

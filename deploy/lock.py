@@ -59,9 +59,7 @@ def with_torch_hashes(lock: str) -> str:
     if not entry:
         return lock
     lines = tail.splitlines(keepends=True)
-    hashes = {line.split("sha256:")[1].split()[0] for line in lines[: _hash_lines(lines)]} | set(
-        TORCH_CPU_HASHES
-    )
+    hashes = {line.split("sha256:")[1].split()[0] for line in lines[: _hash_lines(lines)]} | set(TORCH_CPU_HASHES)
     written = " \\\n".join(f"    --hash=sha256:{h}" for h in sorted(hashes)) + "\n"
     return head + entry + written + "".join(lines[_hash_lines(lines) :])
 

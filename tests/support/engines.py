@@ -1,0 +1,337 @@
+"""Real engines for tests: the whole tree as `vitalis-serve up` starts it, and a single engine without it.
+
+    with engines.stack(profile="cpu-tiny", replicas=2) as tree:
+        tree.openai().chat.completions.create(...)
+
+Everything is reached as a user reaches it: the data port with official clients and the first key, control with its
+token, the supervisor by its socket; engines' own metrics by their Unix sockets.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+from vitalis_serve.engines.environment import cache_folder
+from vitalis_serve.supervise.commands import NotRunning, request
+
+ROOT = Path(__file__).resolve().parents[2]
+# Two replicas loading at once on two busy cores took 95 s; building a model before that, minutes.
+START_SECONDS = 900
+STOP_SECONDS = 60
+
+# What a vLLM engine needs on CPU, tried by hand; the tree's own command lines come from the program.
+TINY_FLAGS = (
+    "--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "32",
+    "--reasoning-parser", "openai_gptoss", "--tool-call-parser", "openai", "--enable-auto-tool-choice",
+)  # fmt: skip
+ENGINE_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONSAFEPATH": "1",
+}
+
+
+class NotHere(Exception):
+    """This machine cannot run real engines; says why."""
+
+
+@functools.cache
+def engine_python() -> Path:
+    """The CPU engine environment's, made on first use. Raises NotHere."""
+    try:
+        made = subprocess.run(
+            [sys.executable, str(ROOT / "deploy" / "environments.py"), "engine-cpu"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise NotHere("the engine environment was not made within 30 min") from None
+    if made.returncode:
+        raise NotHere(f"no engine environment: {made.stderr.strip()}")
+    return Path(made.stdout.strip())
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str, *, every: float = 0.02) -> Any:
+    """The first true value of `condition`; AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
+        time.sleep(every)
+    return value
+
+
+def samples(text: str) -> dict[str, float]:
+    """Prometheus text as sums by metric name, whatever the labels."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            name = name.partition("{")[0]
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process below `pid`, itself included."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+@dataclass
+class Engine:
+    """One engine's own HTTP surface, past the gateway."""
+
+    socket: Path
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://engine", timeout=120)
+
+    def metrics(self) -> dict[str, float]:
+        with self.http() as http:
+            return samples(http.get("/metrics").text)
+
+    def running(self) -> float:
+        return self.metrics()["vllm:num_requests_running"]
+
+    def generated(self) -> float:
+        return self.metrics()["vllm:generation_tokens_total"]
+
+    def aborted(self) -> float:
+        """vLLM's own counter of aborts, which does not move when clients leave."""
+        with self.http() as http:
+            lines = http.get("/metrics").text.splitlines()
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in lines
+            if line.startswith("vllm:request_success_total{") and 'finished_reason="abort"' in line
+        )
+
+
+@dataclass
+class Stack:
+    """A running `vitalis-serve up`. Its data folder holds everything it writes, the log of its terminal included."""
+
+    folder: Path
+    environ: Mapping[str, str]
+    arguments: tuple[str, ...] = ("up",)
+    process: subprocess.Popen[bytes] | None = None
+    opened: list[Any] = field(default_factory=list)
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "var"
+
+    def start(self) -> None:
+        with (self.folder / "terminal.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "vitalis_serve", *self.arguments],
+                env=dict(self.environ), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def log(self) -> str:
+        text = (self.folder / "terminal.log").read_text(errors="replace")
+        for path in sorted((self.data / "log").glob("engine-*.log")):
+            text += f"\n--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:])
+        return text
+
+    def status(self) -> dict[str, Any]:
+        """The supervisor's answer; an empty mapping while it does not answer."""
+        try:
+            *_, answer = request(self.run / "supervisor.sock", {"command": "status"}, seconds=10)
+        except NotRunning:
+            return {}
+        return answer
+
+    @property
+    def run(self) -> Path:
+        from vitalis_serve.supervise.folders import run_folder
+
+        return run_folder(self.data, self.environ)
+
+    def states(self) -> dict[str, str]:
+        return {r["name"]: r["state"] for r in self.status().get("fleet", {}).get("replicas", [])}
+
+    def pids(self, kind: str) -> dict[str, int]:
+        return {c["name"]: c["pid"] for c in self.status()["children"] if c["kind"] == kind and c["pid"]}
+
+    def wait_ready(self, replicas: int, seconds: float = START_SECONDS) -> None:
+        """Until so many replicas are ready; the logs are in the failure."""
+
+        def ready() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log()}"
+            states = self.states()
+            assert "failed" not in states.values(), f"{states}:\n{self.log()}"
+            return sum(state == "ready" for state in states.values()) == replicas
+
+        try:
+            until(ready, seconds, f"{replicas} replicas ready", every=0.25)
+        except AssertionError as late:
+            raise AssertionError(f"{late}; {self.states()}\n{self.log()}") from None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.status()['gateway']['port']}"
+
+    @functools.cached_property
+    def address(self) -> tuple[str, int]:
+        """The data port, which stays the same as long as the supervisor lives."""
+        return "127.0.0.1", int(self.status()["gateway"]["port"])
+
+    @property
+    def key(self) -> str:
+        return (self.data / "first-key").read_text().strip()
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=self.key, **{"max_retries": 0, "timeout": 120} | options
+        )
+        self.opened.append(client)
+        return client
+
+    def anthropic(self, **options: Any) -> anthropic.Anthropic:
+        client = anthropic.Anthropic(
+            base_url=self.url, api_key=self.key, **{"max_retries": 0, "timeout": 120} | options
+        )
+        self.opened.append(client)
+        return client
+
+    def http(self) -> httpx.Client:
+        """The data port with the first key, without any client's manners."""
+        client = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=120)
+        self.opened.append(client)
+        return client
+
+    def metrics(self) -> dict[str, float]:
+        """Control's /metrics."""
+        control = self.status()["control"]
+        token = (self.data / "control.token").read_text().strip()
+        answer = httpx.get(
+            f"http://{control['host']}:{control['port']}/metrics",
+            headers={"Authorization": f"Bearer {token}"}, timeout=30,
+        )  # fmt: skip
+        answer.raise_for_status()
+        return samples(answer.text)
+
+    def engines(self) -> list[Engine]:
+        replicas = self.status()["fleet"]["replicas"]
+        return [Engine(Path(r["address"].removeprefix("unix:"))) for r in replicas]
+
+    def total(self, measure: Callable[[Engine], float]) -> float:
+        return sum(measure(engine) for engine in self.engines())
+
+    def idle(self, seconds: float = 60) -> None:
+        """Waits until nothing runs in any engine."""
+        until(lambda: self.total(Engine.running) == 0, seconds, "engines idle", every=0.1)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stops it as its terminal would; its exit code."""
+        for client in self.opened:
+            client.close()
+        self.opened.clear()
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            for pid in descendants(self.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"it did not stop within {STOP_SECONDS} s:\n{self.log()}") from None
+
+
+@contextlib.contextmanager
+def stack(**settings: Any) -> Iterator[Stack]:
+    """A whole tree on free ports, stopped at the end. `settings` are VITALIS_ variables by their lower-case names
+    (`profile`, `engines_replicas`, ...). Raises NotHere."""
+    python = engine_python()
+    with tempfile.TemporaryDirectory(prefix="vitalis-vllm-") as scratch:
+        folder = Path(scratch)
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("VITALIS_")}
+        environ |= {
+            "PYTHONPATH": str(ROOT / "server"),
+            "VITALIS_CACHE": str(cache_folder(os.environ)),
+            "VITALIS_CONFIG": str(ROOT / "config" / "gpt-oss.yaml"),
+            "VITALIS_DATA_FOLDER": str(folder / "var"),
+            "VITALIS_ENGINE_PYTHON": str(python),
+            "VITALIS_GATEWAY_HOST": "127.0.0.1",
+            "VITALIS_GATEWAY_PORT": "0",
+            "VITALIS_CONTROL_PORT": "0",
+            **{f"VITALIS_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+        tree = Stack(folder, environ)
+        tree.start()
+        try:
+            yield tree
+        finally:
+            if tree.process is not None:
+                tree.stop()
+
+
+@contextlib.contextmanager
+def engine(model: Path, *, name: str, flags: tuple[str, ...], variables: Mapping[str, str]) -> Iterator[Engine]:
+    """One vLLM without anything of ours around it, ready when the model is listed. Raises NotHere."""
+    python = engine_python()
+    with tempfile.TemporaryDirectory(prefix="vitalis-vllm-") as scratch:
+        found = Engine(Path(scratch) / "e.sock")
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(("VITALIS_", "VLLM_", "PYTHON"))}
+        with (Path(scratch) / "log").open("wb") as log:
+            child = subprocess.Popen(
+                [
+                    str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+                    "--served-model-name", name, "--uds", str(found.socket), *flags,
+                ],
+                env={**environ, **ENGINE_ENVIRONMENT, **variables}, cwd=scratch, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+        def ready() -> bool:
+            assert child.poll() is None, (Path(scratch) / "log").read_text(errors="replace")[-4000:]
+            try:
+                with found.http() as http:
+                    return http.get("/v1/models").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            until(ready, 300, "engine ready", every=0.5)
+            yield found
+        finally:
+            # The whole group: vLLM's worker processes outlive a killed API server.
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def dumps(value: Any) -> bytes:
+    return json.dumps(value).encode()

@@ -1,0 +1,211 @@
+"""kill -9 of each process of the tree, under load, with real engines behind it."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from tests.support import client
+from tests.support.engines import Engine, Stack, alive, descendants, until
+
+MODEL = "gpt-oss-tiny"
+QUESTION = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "temperature": 0,
+}
+COUNTING = QUESTION | {"messages": [{"role": "user", "content": "Count to two hundred."}]}
+ANSWER = "The capital of France is Paris."
+
+
+class Load:
+    """Clients that ask again and again until told to stop; outcomes by status, and texts that were wrong."""
+
+    def __init__(self, tree: Stack, clients: int) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._url, self._key = tree.url, tree.key
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def _ask(self) -> None:
+        with httpx.Client(base_url=self._url, headers={"Authorization": f"Bearer {self._key}"}, timeout=120) as http:
+            while not self._stop.is_set():
+                try:
+                    answer = http.post("/v1/chat/completions", json=QUESTION)
+                except httpx.TransportError as error:
+                    self.outcomes[type(error).__name__] += 1
+                    continue
+                self.outcomes[str(answer.status_code)] += 1
+                if answer.status_code == 200:
+                    text = answer.json()["choices"][0]["message"]["content"]
+                    if text != ANSWER:
+                        self.wrong.append(text)
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        until(lambda: self.outcomes["200"] >= len(self._threads), 60, "the load runs")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.fixture
+def tree(pair: Stack) -> Stack:
+    pair.wait_ready(2, 300)
+    pair.idle()
+    return pair
+
+
+def assert_nothing_leaked(tree: Stack) -> None:
+    for name in ("vitalis_in_flight", "vitalis_queued", "vitalis_open_contexts"):
+        until(lambda name=name: tree.metrics()[name] == 0, 5, f"{name} back to 0")
+
+
+def kill_engine(tree: Stack, name: str) -> int:
+    pid = tree.pids("engine")[name]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def test_engine_killed_under_load(tree: Stack) -> None:
+    before = tree.pids("engine")
+    below = descendants(before["engine-0"])
+    with Load(tree, 6) as load:
+        kill_engine(tree, "engine-0")
+        until(lambda: tree.states()["engine-0"] != "ready", 5, "the death was seen")
+        answered = load.outcomes["200"]
+        until(lambda: load.outcomes["200"] >= answered + 20, 60, "the other replica carries on")
+        assert tree.states()["engine-1"] in {"ready", "busy"}
+        tree.wait_ready(2, 300)
+        answered = load.outcomes["200"]
+        until(lambda: load.outcomes["200"] >= answered + 12, 60, "both answer again")
+    assert load.wrong == []
+    # Whoever was being answered by the dead engine may see an error, and only those: at most one each.
+    assert sum(count for outcome, count in load.outcomes.items() if outcome != "200") <= 6, load.outcomes
+    after = tree.pids("engine")
+    assert after["engine-1"] == before["engine-1"]
+    assert after["engine-0"] != before["engine-0"]
+    assert not [pid for pid in below if alive(pid)], "the dead engine's other processes are gone too"
+    assert_nothing_leaked(tree)
+
+
+def test_stream_of_a_killed_engine_does_not_end_as_if_whole(tree: Stack) -> None:
+    host, port = tree.address
+    with client.connect(f"http://{host}:{port}") as wire:
+        wire.send(
+            client.post("/v1/chat/completions", COUNTING | {"stream": True}, {"Authorization": f"Bearer {tree.key}"})
+        )
+        events = wire.events(wire.read_head(), seconds=30)
+        seen = [next(events) for _ in range(20)]
+        (busy,) = [name for name, engine in zip(tree.pids("engine"), tree.engines(), strict=True) if engine.running()]
+        kill_engine(tree, busy)
+        seen += list(events)
+    assert "[DONE]" not in [event.data for event in seen]
+    assert "error" in seen[-1].json
+    assert_nothing_leaked(tree)
+    tree.wait_ready(2, 300)
+
+
+def test_worker_killed(tree: Stack) -> None:
+    engines, (worker,) = tree.pids("engine"), tree.pids("worker").values()
+    refused: list[OSError] = []
+    stop = threading.Event()
+
+    def knock() -> None:
+        while not stop.is_set():
+            try:
+                socket.create_connection(tree.address, timeout=5).close()
+            except ConnectionRefusedError as error:
+                refused.append(error)
+            time.sleep(0.01)
+
+    knocking = threading.Thread(target=knock)
+    knocking.start()
+    try:
+        os.kill(worker, signal.SIGKILL)
+        killed = time.monotonic()
+        until(lambda: answers(tree), 2, "a worker answers again")
+        took = time.monotonic() - killed
+    finally:
+        stop.set()
+        knocking.join()
+    assert refused == []
+    assert took < 2
+    assert tree.pids("engine") == engines
+    (second,) = tree.pids("worker").values()
+    assert second != worker
+    assert_nothing_leaked(tree)
+
+
+def answers(tree: Stack) -> bool:
+    host, port = tree.address
+    try:
+        with httpx.Client(base_url=f"http://{host}:{port}", headers={"Authorization": f"Bearer {tree.key}"}) as http:
+            said = http.post("/v1/chat/completions", json=QUESTION, timeout=5)
+    except httpx.TransportError:
+        return False
+    return said.status_code == 200 and said.json()["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_worker_killed_while_a_stream_runs_frees_the_engine(tree: Stack) -> None:
+    host, port = tree.address
+    with client.connect(f"http://{host}:{port}") as wire:
+        wire.send(
+            client.post("/v1/chat/completions", COUNTING | {"stream": True}, {"Authorization": f"Bearer {tree.key}"})
+        )
+        next(wire.events(wire.read_head(), seconds=30))
+        (worker,) = tree.pids("worker").values()
+        os.kill(worker, signal.SIGKILL)
+        # Chunked framing is cut: no client can take the stream for whole.
+        with pytest.raises((client.Ended, ConnectionResetError)):
+            list(wire.events(client.Head(200, "OK", {"transfer-encoding": "chunked"}), seconds=10))
+    until(lambda: tree.total(Engine.running) == 0, 2, "the engine is free")
+    until(lambda: answers(tree), 5, "a worker answers again")
+    assert_nothing_leaked(tree)
+
+
+def test_control_killed_leaves_the_data_plane_alone(tree: Stack) -> None:
+    engines, workers, (control,) = tree.pids("engine"), tree.pids("worker"), tree.pids("control").values()
+    with Load(tree, 2) as load:
+        os.kill(control, signal.SIGKILL)
+        until(lambda: set(tree.pids("control").values()) - {control}, 10, "control is back")
+        answered = load.outcomes["200"]
+        until(lambda: load.outcomes["200"] > answered + 4, 30, "answers go on")
+    assert set(load.outcomes) == {"200"}
+    assert (tree.pids("engine"), tree.pids("worker")) == (engines, workers)
+
+
+@contextmanager
+def below(pid: int) -> Iterator[Callable[[], list[int]]]:
+    """Which processes that were below `pid` are still there."""
+    family = descendants(pid)
+    yield lambda: [member for member in family if alive(member)]
+
+
+def test_supervisor_killed_leaves_nothing_and_the_next_start_works(tree: Stack) -> None:
+    assert tree.process is not None
+    with below(tree.process.pid) as left:
+        assert len(left()) >= 6, "supervisor, worker, control, keepers and engines"
+        with Load(tree, 3):
+            tree.process.kill()
+            tree.process.wait()
+            until(lambda: not left(), 5, "no process of the tree is left", every=0.05)
+    vars(tree).pop("address", None)
+    key = tree.key
+    tree.start()
+    tree.wait_ready(2, 300)
+    assert tree.key == key, "keys outlive the supervisor"
+    assert answers(tree)
+    assert_nothing_leaked(tree)
