@@ -184,6 +184,8 @@ class ClientConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self.phase == LINGERING:
             return  # behind a request that ends the connection: nobody answers it
+        if self.phase == IDLE:  # behind a request that was answered while this very read was parsed
+            self._await_head()
         self._received = Relay(self, self._state)
         self._url = b""
         self._head_done = False
@@ -355,8 +357,9 @@ class ClientConnection(asyncio.Protocol):
             self.transport.write_eof()
             return
         if not relay.keep_alive or self._state.draining:
+            # Closes once all is sent, for which a slow client gets the time that it has otherwise.
             self.phase = LINGERING
-            self.deadline = self._state.now() + LINGER_SECONDS
+            self.deadline = self._state.now() + self._state.options.client_stalled_seconds
             self.transport.close()
             return
         if self._pipeline or self._ahead:
@@ -368,14 +371,22 @@ class ClientConnection(asyncio.Protocol):
     def _rest(self) -> None:
         """Nothing is being answered: the next request, or what has come of it."""
         received, options = self._received, self._state.options
-        if received is None or not self._head_done:
+        if received is None:
             self.phase = IDLE
             self.deadline = self._state.now() + options.keepalive_seconds
+        elif not self._head_done:
+            self._await_head()
         elif received.refusal is not None and not received.keep_alive:
             self._refuse(received.refusal)
         else:
             self.phase = BODY
             self.deadline = self._state.now() + options.body_seconds
+
+    def _await_head(self) -> None:
+        """Some of the next head came together with the request before it."""
+        self.phase = HEAD
+        self._head_bytes = self._head_bytes or 1
+        self.deadline = self._state.now() + self._state.options.header_seconds
 
     def _next(self) -> None:
         if self.phase != ANSWERING or self._relay is not None:
@@ -444,6 +455,7 @@ class ClientConnection(asyncio.Protocol):
             self._relay.cut(error)
         else:
             self.transport.close()
+        self.deadline = min(self.deadline, self._state.now() + LINGER_SECONDS)
 
 
 def _too_large(limit: int) -> ServeError:

@@ -215,11 +215,11 @@ class Relay:
     def reply(self, document: Any, *, status: int = 200) -> None:
         """A small answer of our own."""
         self.status = status
-        answer = replies.json_reply(document, self.request_id, status=status, keep_alive=self.keep_alive)
-        if self.method == b"HEAD":
-            answer = answer[: answer.index(b"\r\n\r\n") + 4]
-        self._write(answer)
+        self._write_own(replies.json_reply(document, self.request_id, status=status, keep_alive=self.keep_alive))
         self._release("ok", "")
+
+    def _write_own(self, answer: bytes) -> None:
+        self._write(answer if self.method != b"HEAD" else answer[: answer.index(b"\r\n\r\n") + 4])
 
     def on_stranded(self) -> None:
         """The last replica that held the model is gone while this waited in the queue."""
@@ -587,7 +587,7 @@ class Relay:
             allow = b""
             if error.code == "method_not_allowed":
                 allow = b"POST" if self.api is not None else b"GET"
-            self._write(
+            self._write_own(
                 replies.error_reply(error, self.dialect, self.request_id, keep_alive=self.keep_alive, allow=allow)
             )
         else:
