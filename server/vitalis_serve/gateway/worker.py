@@ -9,8 +9,10 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
+from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +33,16 @@ logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS: Final = 0.5
 _SUSPECT_SECONDS: Final = 0.2  # at most one word about the same replica in this time
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own raises the signal again when all is served: the worker would die of it before its last
+        words to the supervisor and to the access log."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
 
 class Worker:
@@ -54,7 +66,7 @@ class Worker:
             access_log=False,
             backlog=4096,
         )
-        self.server = uvicorn.Server(config)
+        self.server = _Server(config)
         self._connections = self.server.server_state.connections
 
     def _connection(self, **_: Any) -> ClientConnection:
