@@ -6,6 +6,7 @@ looks at every deadline; nothing else here runs by the clock.
 """
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
