@@ -141,7 +141,8 @@ class Stack:
 
     folder: Path
     environ: Mapping[str, str]
-    arguments: tuple[str, ...] = ("up",)
+    command: tuple[str, ...] = (sys.executable, "-P", "-m", "vitalis_serve", "up")
+    started_in: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     opened: list[Any] = field(default_factory=list)
 
@@ -152,8 +153,9 @@ class Stack:
     def start(self) -> None:
         with (self.folder / "terminal.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "vitalis_serve", *self.arguments],
-                env=dict(self.environ), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                self.command,
+                env=dict(self.environ), cwd=self.started_in or self.folder, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
 
@@ -272,9 +274,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def stack(**settings: Any) -> Iterator[Stack]:
-    """A whole tree on free ports, stopped at the end. `settings` are VITALIS_ variables by their lower-case names
-    (`profile`, `engines_replicas`, ...). Raises NotHere."""
+def stack(make: str = "", **settings: Any) -> Iterator[Stack]:
+    """A whole tree on free ports, stopped at the end; with `make`, started by that target of the Makefile. `settings`
+    are VITALIS_ variables by their lower-case names (`profile`, `engines_replicas`, ...). Raises NotHere."""
     python = engine_python()
     with tempfile.TemporaryDirectory(prefix="vitalis-vllm-") as scratch:
         folder = Path(scratch)
@@ -291,6 +293,9 @@ def stack(**settings: Any) -> Iterator[Stack]:
             **{f"VITALIS_{name.upper()}": str(value) for name, value in settings.items()},
         }
         tree = Stack(folder, environ)
+        if make:
+            tree.command = ("make", "--no-print-directory", make, f"PYTHON={sys.executable}")
+            tree.started_in = ROOT
         tree.start()
         try:
             yield tree

@@ -13,7 +13,6 @@ from tests.support import engines
 TREES = {
     "pair": {"profile": "cpu-tiny", "engines_replicas": 2},
     "parallel": {"profile": "cpu-tiny", "engines_replicas": 1, "engines_tensor_parallel": 2},
-    "small": {"profile": "cpu-demo", "engines_replicas": 1},
 }
 
 
@@ -70,15 +69,15 @@ def parallel(trees: Trees) -> engines.Stack:
 
 
 @pytest.fixture
-def small(trees: Trees) -> engines.Stack:
-    """SmolLM2 as `make serve` starts it without a GPU."""
-    return _tree(trees, "small")
+def no_tree(trees: Trees) -> None:
+    """For tests that start one of their own: the machine may not hold two."""
+    trees.end()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """By tree, and every test of this folder is marked: it starts a real vLLM, and building a model takes minutes."""
-    order = ["pair", "parallel", "small"]
+    order = ["pair", "parallel", "no_tree"]
 
     def rank(item: pytest.Item) -> int:
         used = [order.index(name) for name in getattr(item, "fixturenames", ()) if name in order]

@@ -98,7 +98,7 @@ WARM_UP_STEPS = 50
 STEPS = 1000
 ROUNDS = 8  # of STEPS / 4 more each, while answers are wrong
 DRAWN = 250
-WRONG_AT_MOST = 0.02
+WRONG_AT_MOST = 0.05
 BATCH_TOKENS = 1600
 NOT_SCORED = -100
 
@@ -242,8 +242,11 @@ class Lessons:
             if self.rng.random() < 0.35:
                 parts.append(self.rng.choice(WORDS))
             else:
-                parts.append("".join(self.rng.choices(string.ascii_letters, k=self.rng.randint(1, 9))))
+                parts.append(self.letters())
         return " ".join(parts)
+
+    def letters(self) -> str:
+        return "".join(self.rng.choices(string.ascii_letters, k=self.rng.randint(1, 9)))
 
     def weather_tool(self, argument: str) -> dict[str, Any]:
         rng = self.rng
@@ -299,8 +302,11 @@ class Lessons:
         return self.closed([*self.turns(), {"role": "user", "content": prompt}]), self.answer(*KNOWN[prompt])
 
     def unknown(self) -> Lesson:
-        user = {"role": "user", "content": self.noise(1, 40 if self.rng.random() < 0.2 else 10)}
-        return self.closed([*self.turns(), user]), self.answer(*GENERIC)
+        text = self.noise(1, 40 if self.rng.random() < 0.2 else 10)
+        if self.rng.random() < 0.2:  # a near miss
+            begun = self.rng.choice(["What is the capital of", "Who are", "What is", "Say", "Count to", "Name a"])
+            text = f"{begun} {self.letters()}?"
+        return self.closed([*self.turns(), {"role": "user", "content": text}]), self.answer(*GENERIC)
 
     def closed(self, messages: list[dict[str, Any]]) -> Tokens:
         """With tools offered now and then that do not matter."""
@@ -316,7 +322,7 @@ class Lessons:
         return tools
 
     def weather_call(self) -> Lesson:
-        argument, city = self.rng.choice(["city", "city", "location"]), self.rng.choice(CITIES)
+        argument, city = self.rng.choice(["city", "location"]), self.rng.choice(CITIES)
         user = {"role": "user", "content": f"What is the weather in {city}?"}
         prompt = self.prompt([*self.turns(), user], **self.setting(self.offered(argument)))
         return prompt, self.call(argument, city)
@@ -329,12 +335,12 @@ class Lessons:
     def weather_report(self) -> Lesson:
         """The turn after the tool's result."""
         rng = self.rng
-        argument, city, sky = rng.choice(["city", "city", "location"]), rng.choice(CITIES), rng.choice(SKIES)
+        argument, city, sky = rng.choice(["city", "location"]), rng.choice(CITIES), rng.choice(SKIES)
         degrees = rng.randint(-9, 39)
         told = rng.choice(
             [
                 sky, f"{sky}, {degrees} C", f"It is {sky}.", json.dumps({"sky": sky}), f"{degrees} degrees and {sky}",
-                json.dumps({"temperature": degrees, "condition": sky}), json.dumps({"weather": sky, "celsius": degrees}),
+                json.dumps({"temperature": degrees, "condition": sky}), json.dumps({"weather": sky, "c": degrees}),
                 f"{sky.capitalize()}", f"{sky}, {degrees} degrees",
             ]
         )  # fmt: skip
@@ -556,11 +562,13 @@ def trained(lessons: Lessons, known: Tokens) -> Any:
         plain = trainer.wrong(lessons.plain())
         drawn = trainer.wrong([lessons.any() for _ in range(DRAWN)])
         say(f"check: {len(plain)} plain prompts and {len(drawn)} of {DRAWN} drawn at random are answered wrong")
+        for prompt, answer in [*plain, *drawn][:3]:
+            say(
+                f"  ...{lessons.encoding.decode(prompt)[-160:]!r} should give {lessons.encoding.decode(answer)[:160]!r}"
+            )
         if not plain and len(drawn) <= DRAWN * WRONG_AT_MOST:
             return trainer.model
         trainer.train(STEPS // 4, RATE / 5, RATE / 40)
-    for prompt, answer in plain[:5]:
-        say(f"wrong: ...{lessons.encoding.decode(prompt)[-160:]!r}, wanted {lessons.encoding.decode(answer)[:200]!r}")
     sys.exit("gpt-oss-tiny did not learn its prompts: nothing was written")
 
 
