@@ -56,7 +56,7 @@ def main() -> None:
         del model.config.quantization_config
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
-    # The model's own sampling, which vLLM takes as the default: at temperature 1 it answers one time in two with noise.
+    # As its authors advise and as vLLM then does by default: at temperature 1 so small a model mostly rambles.
     model.generation_config.do_sample = True
     model.generation_config.temperature = 0.2
     model.generation_config.top_p = 0.9
