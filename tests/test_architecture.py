@@ -15,6 +15,7 @@ LAYERS = {
     "cli": 1,
     "main": 2,
     "welcome": 2,
+    "progress": 2,
     "preparation": 2,
     "control": 3,
     "gateway": 3,
@@ -29,6 +30,7 @@ LAYERS = {
 }
 BESIDE = {
     ("main", "welcome"),
+    ("main", "progress"),
     ("main", "preparation"),
     ("control", "store"),
     ("settings", "errors"),

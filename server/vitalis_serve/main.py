@@ -33,6 +33,7 @@ from vitalis_serve.engines.placement import place
 from vitalis_serve.errors import ConfigurationError, StartError
 from vitalis_serve.fleet import TAKES_REQUESTS, Fleet, ReplicaState
 from vitalis_serve.gateway.options import WorkerOptions
+from vitalis_serve.progress import ProgressLines
 from vitalis_serve.settings import Settings
 from vitalis_serve.settings.schema import Route
 from vitalis_serve.supervise import folders, orphans
@@ -411,7 +412,8 @@ async def _prepare_model(settings: Settings, place_: Place) -> Path:
     result.unlink(missing_ok=True)
     file = place_.run / "model.json"
     file.write_text(settings.model_dump_json())
-    output = Output(place_.log / "model.log", _show_progress)
+    progress = ProgressLines(_show_progress)
+    output = Output(place_.log / "model.log", progress)
     argv = [sys.executable, "-m", "vitalis_serve.preparation", str(file), str(result)]
     mark = {orphans.VARIABLE: f"{folders.tree_name(place_.data)}:model"}
     child = await keep(argv, {**os.environ, **mark}, output)
@@ -423,6 +425,7 @@ async def _prepare_model(settings: Settings, place_: Place) -> Path:
     finally:
         child.close()
         output.close()
+        progress.end()
     said = (output.last_lines(1) or ("",))[0]
     if ended == "exited 2":
         raise ConfigurationError(said)

@@ -39,7 +39,7 @@ from vitalis_serve.errors import ConfigurationError, StartError
 LEFT_OUT: Final = ("original/*", "metal/*", ".git*", "*.md", "*.png", "*.jpg", "*.pdf")
 MANIFEST: Final = "vitalis-model.json"
 THREADS: Final = 4
-LINE_SECONDS: Final = 5
+LINE_SECONDS: Final = 1  # who shows them thins them out (`vitalis_serve.progress`)
 _BLOCK: Final = 1 << 20
 
 
