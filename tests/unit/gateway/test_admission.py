@@ -269,9 +269,9 @@ class Machine(RuleBasedStateMachine):
         try:
             seat = self.made.enter(self.next, model, self.now, excluded)
         except ServeError as error:
-            assert error.code in ("queue_full", "no_ready_engine")
-            if error.code == "queue_full":
-                assert len(self.waiting) == 6
+            full = error.code == "queue_full" and len(self.waiting) == 6
+            if not full and error.code != "no_ready_engine":
+                raise
             return
         if seat is None:
             self.waiting.append((self.next, model, excluded))
@@ -325,5 +325,5 @@ class Machine(RuleBasedStateMachine):
             )
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestAdmission = Machine.TestCase

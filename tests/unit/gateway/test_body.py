@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway.body import REFUSED, STATEFUL, STRIPPED, Body
@@ -123,6 +123,7 @@ _values = st.recursive(
 )
 
 
+@settings(max_examples=60)
 @given(
     pairs=st.lists(st.tuples(_keys, _values), max_size=6), indent=st.sampled_from([None, 1]), ascii_only=st.booleans()
 )
@@ -150,7 +151,9 @@ def test_exactly_the_bodies_with_a_field_twice_are_refused(
     assert body.encode("a") == raw
 
 
-PRETTY = b'{\n  "model" : "gpt-oss-20b",\n  "messages" : [ {"role": "user", "content": "a \\"model\\" b"} ],\n  "x" : 1.50\n}'
+PRETTY = (
+    b'{\n  "model" : "gpt-oss-20b",\n  "messages" : [ {"role": "user", "content": "a \\"model\\""} ],\n "x" : 1.50 }'
+)
 
 
 def test_a_body_without_need_of_a_change_goes_on_byte_for_byte() -> None:
@@ -158,7 +161,10 @@ def test_a_body_without_need_of_a_change_goes_on_byte_for_byte() -> None:
 
 
 def test_values_stay_as_they_were_written_where_something_else_changes() -> None:
-    raw = b'{"model":"fast","messages":[ {"role" : "user","content":"\\u00e9 \xc3\xa9"}],"x":1.500e+01,"big":123456789012345678901234567890}'
+    raw = (
+        b'{"model":"fast","messages":[ {"role" : "user","content":"\\u00e9 \xc3\xa9"}],'
+        b'"x":1.500e+01,"big":123456789012345678901234567890}'
+    )
     assert read(raw).encode(MODEL) == (
         b'{"model":"gpt-oss-20b","messages":[ {"role" : "user","content":"\\u00e9 \xc3\xa9"}],'
         b'"x":1.500e+01,"big":123456789012345678901234567890}'

@@ -171,8 +171,7 @@ SAMPLES = [
     (b'{"usage":{"prompt_tokens":3,"total_tokens":7,"completion_tokens":4}}', [(3, 4)]),
     (b'{"usage":{"prompt_tokens":3,"completion_tokens":4}}', [(3, 4)]),
     (b'{"type":"message_delta","usage":{"input_tokens":3,"output_tokens":4,"cache_read_input_tokens":0}}', [(3, 4)]),
-    (b'{"usage":{"input_tokens":3,"input_tokens_details":{"cached_tokens":0,"x":[]},"output_tokens":4,'
-     b'"output_tokens_details":{"reasoning_tokens":1},"total_tokens":7},"user":null}', [(3, 4)]),
+    (b'{"usage":{"input_tokens":3,"input_tokens_details":{"x":[]},"output_tokens":4,"a":{"b":1}},"c":1}', [(3, 4)]),
     (b'{"usage":{"input_tokens":9,"output_tokens":0}} {"usage":{"output_tokens":4}}', [(9, 0), (0, 4)]),
     (b'{"choices":[{"text":"\\"usage\\":{\\"prompt_tokens\\":9"}],"usage":{"prompt_tokens":3,"completion_tokens":4}}',
      [(3, 4)]),
