@@ -43,10 +43,11 @@ class Record(msgspec.Struct, omit_defaults=True):
 class AccessLog:
     """`path`: "" writes nothing, "-" writes to standard error. Close it to write what is left."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.enabled = path != ""
         self.dropped = 0
         self._path = path
+        self._flush_seconds = flush_seconds
         self._waiting: list[Record] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
@@ -69,7 +70,7 @@ class AccessLog:
         encode = msgspec.json.Encoder().encode
         stopping = False
         while not stopping:
-            stopping = self._stop.wait(FLUSH_SECONDS)
+            stopping = self._stop.wait(self._flush_seconds)
             if not self._waiting:
                 continue
             batch, self._waiting = self._waiting, []
