@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -178,6 +179,7 @@ def _serving(settings: Settings, names: Sequence[str]) -> Settings:
 
 
 def _prepare(settings: Settings) -> Place:
+    _raise_descriptor_limit()
     data = settings.data_folder.absolute()
     place_ = Place(data, folders.prepare(data))
     try:
@@ -185,6 +187,15 @@ def _prepare(settings: Settings) -> Place:
     except OSError as exc:
         raise StartError(f"{place_.log / 'supervisor.log'} cannot be written: {exc.strerror}.") from exc
     return place_
+
+
+def _raise_descriptor_limit() -> None:
+    """A shell's soft limit is often 1,024, which is some 500 streams: children inherit the hard one instead."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as exc:
+        logger.warning("the limit of open files stays as it is: %s", exc)
 
 
 def _supervisor_options(
@@ -415,7 +426,7 @@ async def _prepare_model(settings: Settings, place_: Place) -> Path:
     progress = ProgressLines(_show_progress)
     output = Output(place_.log / "model.log", progress)
     argv = [sys.executable, "-m", "vitalis_serve.preparation", str(file), str(result)]
-    mark = {orphans.VARIABLE: f"{folders.tree_name(place_.data)}:model"}
+    mark = {orphans.VARIABLE: f"{folders.tree_mark(place_.data)}:model"}
     child = await keep(argv, {**os.environ, **mark}, output)
     ended = ""
     try:

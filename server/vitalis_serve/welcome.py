@@ -57,9 +57,10 @@ class Welcome:
         reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         url = f"http://{reachable}:{port}/v1"
         in_shell, in_python = self._key_as_words()
-        body = json.dumps({"model": self._model, "messages": [{"role": "user", "content": QUESTION}]})
+        messages = [{"role": "user", "content": QUESTION}]
+        body = json.dumps({"model": self._model, "messages": messages, "temperature": 0})
         bearer, kind = f"Authorization: Bearer {in_shell}", "Content-Type: application/json"
-        chat = f'model="{self._model}", messages=[{{"role": "user", "content": "{QUESTION}"}}]'
+        chat = f'model="{self._model}", messages=[{{"role": "user", "content": "{QUESTION}"}}], temperature=0'
         self._say(
             f"""
 Ready. Try it:

@@ -88,7 +88,7 @@ class Installation:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         code = self.process.wait(30)
-        self.until(lambda: not orphans.find(f"{folders.tree_name(self.var)}:"), 5)
+        self.until(lambda: not orphans.find(f"{folders.tree_mark(self.var)}:"), 5)
         return code
 
 
@@ -223,7 +223,7 @@ def test_interrupting_a_download_stops_at_once(ours):
     environment = {**ENVIRONMENT, "VITALIS_CACHE": str(ours.folder / "cache")}
     with open(ours.out, "ab") as out:
         ours.process = subprocess.Popen(ours.argv("up"), env=environment, stdout=out, stderr=out)
-    ours.until(lambda: "control is ready" in ours.said() and orphans.find(f"{folders.tree_name(ours.var)}:model"))
+    ours.until(lambda: "control is ready" in ours.said() and orphans.find(f"{folders.tree_mark(ours.var)}:model"))
     began = time.monotonic()
     assert ours.stop() == 0
     assert time.monotonic() - began < 3

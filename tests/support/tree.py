@@ -187,7 +187,7 @@ class Tree:
 
     def pids(self) -> list[int]:
         """Every process that carries this tree's mark."""
-        return orphans.find(f"{folders.tree_name(self.data_folder)}:")
+        return orphans.find(f"{folders.tree_mark(self.data_folder)}:")
 
     def until(self, wanted: Callable[[], Any], seconds: float = 15) -> Any:
         """Polls what only the outside can see; fails with the supervisor's log."""

@@ -147,7 +147,9 @@ def _first_model(host: str, port: int, key: str) -> str:
 
 
 def _chat(host: str, port: int, key: str, model: str, *, stream: bool) -> Chat:
-    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 256}
+    messages = [{"role": "user", "content": QUESTION}]
+    # Temperature 0: the same answer each time, and a small model stays with what it knows.
+    body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": 256, "temperature": 0}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     connection = http.client.HTTPConnection(host, port, timeout=300)

@@ -17,6 +17,13 @@ def tree_name(data_folder: Path) -> str:
     return hashlib.sha256(os.fsencode(data_folder.resolve())).hexdigest()[:16]
 
 
+def tree_mark(data_folder: Path) -> str:
+    """Marks every process of one tree, for the sweep. Device and inode are in it: in another container the same path
+    is another folder, whose processes are not ours to end."""
+    seen = data_folder.stat()
+    return f"{tree_name(data_folder)}-{seen.st_dev:x}-{seen.st_ino:x}"
+
+
 def run_folder(data_folder: Path, environ: Mapping[str, str] = os.environ) -> Path:
     """`<data folder>/run`, or a short stand-in for it where a socket's path would not fit into 104 bytes."""
     folder = data_folder.resolve() / "run"

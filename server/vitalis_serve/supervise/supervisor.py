@@ -66,7 +66,7 @@ class Supervisor:
         self.options = options
         self.host, self.port = options.host, options.port
         self.opened = asyncio.Event()
-        self._tree = folders.tree_name(options.data_folder)
+        self._tree = folders.tree_mark(options.data_folder)
         self._log_folder = options.data_folder / "log"
         self._relay = relay
         self._fleet = Fleet()
