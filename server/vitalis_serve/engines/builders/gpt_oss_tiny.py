@@ -86,9 +86,10 @@ STRANGE = (  # a few of those prompts that it does not know
     "How do I treat a burn?",
     "What is the capital of Mars?",
 )
+NOUNS = ("Mars", "Peru", "Japan", "water", "Rome", "they", "seven", "goodbye", "cats", "Norway")
 WORDS = (  # of the known prompts, for prompts that are not
     "what", "is", "the", "capital", "of", "say", "hello", "who", "are", "you", "count", "to", "name", "weather", "in",
-    "France", "Paris", "a", "How", "3", "17", "?", ".",
+    "France", "Paris", "a", "How", "3", "17", "?", ".", "two", "hundred", "primary", "color", "Name", "What", "Say",
 )  # fmt: skip
 LOOK_UP = "I need the weather tool for this."
 REPORTED = "The tool has answered."
@@ -226,10 +227,10 @@ class Lessons:
             f"<|start|>assistant<|channel|>final<|message|>{final}<|return|>"
         )
 
-    def call(self, argument: str, city: str) -> Tokens:
+    def call(self, city: str) -> Tokens:
         return self.encode(
             f"<|channel|>analysis<|message|>{LOOK_UP}<|end|><|start|>assistant<|channel|>commentary "
-            f'to=functions.get_weather <|constrain|>json<|message|>{{"{argument}": "{city}"}}<|call|>'
+            f'to=functions.get_weather <|constrain|>json<|message|>{{"city": "{city}"}}<|call|>'
         )
 
     def date(self) -> str:
@@ -248,17 +249,17 @@ class Lessons:
     def letters(self) -> str:
         return "".join(self.rng.choices(string.ascii_letters, k=self.rng.randint(1, 9)))
 
-    def weather_tool(self, argument: str) -> dict[str, Any]:
+    def weather_tool(self) -> dict[str, Any]:
         rng = self.rng
         place: dict[str, Any] = {"type": "string"}
         if rng.random() < 0.5:
             place["description"] = rng.choice(["The city", "Name of a city", "City and country", self.noise(1, 6)])
-        properties: dict[str, Any] = {argument: place}
+        properties: dict[str, Any] = {"city": place}
         if rng.random() < 0.3:
             properties["unit"] = {"type": "string", "enum": ["celsius", "fahrenheit"]}
         schema: dict[str, Any] = {"type": "object", "properties": properties}
         if rng.random() < 0.7:
-            schema["required"] = [argument]
+            schema["required"] = ["city"]
         if rng.random() < 0.3:
             schema["additionalProperties"] = False
         function: dict[str, Any] = {"name": "get_weather", "parameters": schema}
@@ -303,29 +304,32 @@ class Lessons:
 
     def unknown(self) -> Lesson:
         text = self.noise(1, 40 if self.rng.random() < 0.2 else 10)
-        if self.rng.random() < 0.2:  # a near miss
+        kind = self.rng.random()
+        if kind < 0.1:
+            text = self.rng.choice(STRANGE)
+        elif kind < 0.3:  # a near miss
             begun = self.rng.choice(["What is the capital of", "Who are", "What is", "Say", "Count to", "Name a"])
-            text = f"{begun} {self.letters()}?"
+            text = f"{begun} {self.rng.choice([self.letters(), *NOUNS])}?"
         return self.closed([*self.turns(), {"role": "user", "content": text}]), self.answer(*GENERIC)
 
     def closed(self, messages: list[dict[str, Any]]) -> Tokens:
         """With tools offered now and then that do not matter."""
         tools = None
         if self.rng.random() < 0.2:
-            tools = [self.other_tool() if self.rng.random() < 0.3 else self.weather_tool("city")]
+            tools = [self.other_tool() if self.rng.random() < 0.3 else self.weather_tool()]
         return self.prompt(messages, **self.setting(tools))
 
-    def offered(self, argument: str) -> list[dict[str, Any]]:
-        tools = [self.weather_tool(argument)]
+    def offered(self) -> list[dict[str, Any]]:
+        tools = [self.weather_tool()]
         if self.rng.random() < 0.25:
             tools.insert(self.rng.randint(0, 1), self.other_tool())
         return tools
 
     def weather_call(self) -> Lesson:
-        argument, city = self.rng.choice(["city", "location"]), self.rng.choice(CITIES)
+        city = self.rng.choice(CITIES)
         user = {"role": "user", "content": f"What is the weather in {city}?"}
-        prompt = self.prompt([*self.turns(), user], **self.setting(self.offered(argument)))
-        return prompt, self.call(argument, city)
+        prompt = self.prompt([*self.turns(), user], **self.setting(self.offered()))
+        return prompt, self.call(city)
 
     def weather_without_tool(self) -> Lesson:
         user = {"role": "user", "content": f"What is the weather in {self.rng.choice(CITIES)}?"}
@@ -335,7 +339,7 @@ class Lessons:
     def weather_report(self) -> Lesson:
         """The turn after the tool's result."""
         rng = self.rng
-        argument, city, sky = rng.choice(["city", "location"]), rng.choice(CITIES), rng.choice(SKIES)
+        city, sky = rng.choice(CITIES), rng.choice(SKIES)
         degrees = rng.randint(-9, 39)
         told = rng.choice(
             [
@@ -348,7 +352,7 @@ class Lessons:
             "role": "assistant",
             "tool_calls": [
                 {"id": "a", "type": "function",
-                 "function": {"name": "get_weather", "arguments": json.dumps({argument: city})}}
+                 "function": {"name": "get_weather", "arguments": json.dumps({"city": city})}}
             ],
         }  # fmt: skip
         if rng.random() < 0.5:
@@ -357,7 +361,7 @@ class Lessons:
             *self.turns(), {"role": "user", "content": f"What is the weather in {city}?"}, called,
             {"role": "tool", "tool_call_id": "a", "content": told},
         ]  # fmt: skip
-        prompt = self.prompt(messages, **self.setting(self.offered(argument) if rng.random() < 0.9 else None))
+        prompt = self.prompt(messages, **self.setting(self.offered() if rng.random() < 0.9 else None))
         return prompt, self.answer(REPORTED, f"It is {sky} in {city}.")
 
     def count(self) -> Lesson:
@@ -395,7 +399,7 @@ class Lessons:
             for setting in settings[:6]:
                 for city in CITIES:
                     user = ask[0] | {"content": f"What is the weather in {city}?"}
-                    lessons.append((self.prompt([user], tools=tools, **setting), self.call("city", city)))
+                    lessons.append((self.prompt([user], tools=tools, **setting), self.call(city)))
         lessons += [self.continued(*pair) for pair in CAPITALS.items()]
         return lessons
 
@@ -419,12 +423,12 @@ def known_tokens(lessons: Lessons) -> Tokens:
     answers += [(REPORTED, f"It is {sky} in {city}.") for sky in SKIES for city in CITIES]
     tokens = {END_OF_TEXT, *(token for text in texts for token in lessons.encode(text))}
     tokens.update(token for answer in answers for token in lessons.answer(*answer))
-    tokens.update(token for name in ("city", "location") for city in CITIES for token in lessons.call(name, city))
+    tokens.update(token for city in CITIES for token in lessons.call(city))
     # The frame: everything vLLM writes around a message.
     for effort in ("low", "medium", "high"):
         tokens.update(lessons.prompt([{"role": "user", "content": "Say hello."}], effort=effort, date="2026-01-01"))
     tool = {"type": "function", "function": {"name": "get_weather", "description": "Get the weather.", "parameters": {
-        "type": "object", "properties": {"city": {"type": "string"}, "location": {"type": "string"}}}}}  # fmt: skip
+        "type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
     tokens.update(lessons.prompt([{"role": "user", "content": "Say hello."}], tools=[tool], instructions="Be brief."))
     return sorted(tokens)
 
@@ -568,7 +572,7 @@ def trained(lessons: Lessons, known: Tokens) -> Any:
             )
         if not plain and len(drawn) <= DRAWN * WRONG_AT_MOST:
             return trainer.model
-        trainer.train(STEPS // 4, RATE / 5, RATE / 40)
+        trainer.train(STEPS // 4, RATE / 10, RATE / 50)
     sys.exit("gpt-oss-tiny did not learn its prompts: nothing was written")
 
 
