@@ -35,7 +35,8 @@ def _ensure(settings: Settings) -> Path:
     if unasked := flags.check(settings.engines.engine_args, python, cache):
         _show(f"options of the engines are not checked: {unasked}")
     folder = models.ensure(settings.model, cache, python, _show)
-    check_heads(settings.engines.tensor_parallel, architecture_of(folder))
+    if settings.engines.tensor_parallel > 1:  # one engine a GPU runs whatever vLLM understands, described or not
+        check_heads(settings.engines.tensor_parallel, architecture_of(folder))
     return folder
 
 

@@ -187,6 +187,8 @@ class Tree:
 
     def pids(self) -> list[int]:
         """Every process that carries this tree's mark."""
+        if not self.data_folder.is_dir():
+            return []  # never made, and nothing was started
         return orphans.find(f"{folders.tree_mark(self.data_folder)}:")
 
     def until(self, wanted: Callable[[], Any], seconds: float = 15) -> Any:
