@@ -29,8 +29,9 @@ from vitalis_serve.engines import models, probe
 from vitalis_serve.engines.command import engine_command
 from vitalis_serve.engines.diagnosis import remedy
 from vitalis_serve.engines.environment import cache_folder, engine_python
+from vitalis_serve.engines.gpu_memory import until_free
 from vitalis_serve.engines.gpus import Inventory, read_inventory
-from vitalis_serve.engines.placement import place
+from vitalis_serve.engines.placement import Placement, place
 from vitalis_serve.errors import ConfigurationError, StartError
 from vitalis_serve.fleet import TAKES_REQUESTS, Fleet, ReplicaState
 from vitalis_serve.gateway.options import WorkerOptions
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 OWN_IDLE_SECONDS = 60.0  # our engines keep idle connections for far longer
 FOREIGN_IDLE_SECONDS = 4.0  # vLLM by default closes them after 5 s
 LISTING_SECONDS = 3.0
+DEFAULT_MEMORY_SHARE = 0.92  # vLLM's own gpu_memory_utilization
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +348,15 @@ def _replica(
         argv=command.argv,
         environment=command.env,
         remedy=remedy,
+        clear=functools.partial(_clear, settings, placements[index]) if placements[index].gpus else None,
     )
+
+
+async def _clear(settings: Settings, placement: Placement) -> None:
+    """Before a restart: the GPUs have given back what the process before held."""
+    share = float(settings.engines.engine_args.get("gpu-memory-utilization", DEFAULT_MEMORY_SHARE))
+    if not await until_free(placement.gpus, share):
+        logger.warning("GPU memory is still taken by somebody else; starting all the same")
 
 
 def _external(settings: Settings, addresses: Sequence[str], index: int) -> ReplicaSpec:
