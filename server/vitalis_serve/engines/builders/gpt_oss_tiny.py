@@ -440,7 +440,7 @@ def configuration(vocabulary_size: int) -> Any:
     from transformers import GptOssConfig
 
     return GptOssConfig(
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_local_experts=4,
         num_experts_per_tok=2,
         vocab_size=vocabulary_size,
@@ -457,7 +457,7 @@ def configuration(vocabulary_size: int) -> Any:
         },
         eos_token_id=[RETURN, END_OF_TEXT, CALL],
         pad_token_id=END_OF_TEXT if vocabulary_size == VOCABULARY_SIZE else 0,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
         router_aux_loss_coef=0.0,
     )  # fmt: skip
 
