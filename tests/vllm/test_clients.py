@@ -10,6 +10,7 @@ from tests.support.engines import Stack
 MODEL = "gpt-oss-tiny"
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
+GREEDY: Any = {"temperature": 0}  # Anthropic's client has no parameter for it
 REASONING = "The user asks for a capital city."
 WEATHER = "What is the weather in Paris?"
 TOOL: Any = {
@@ -161,7 +162,9 @@ class TestOtherOpenAi:
 
 class TestAnthropic:
     def test_messages(self, pair: Stack) -> None:
-        answer = pair.anthropic().messages.create(model=MODEL, max_tokens=200, messages=[user(QUESTION)], temperature=0)
+        answer = pair.anthropic().messages.create(
+            model=MODEL, max_tokens=200, messages=[user(QUESTION)], extra_body=GREEDY
+        )
         texts = {block.type: block for block in answer.content}
         assert texts["text"].text == ANSWER
         assert texts["thinking"].thinking == REASONING
@@ -170,7 +173,7 @@ class TestAnthropic:
 
     def test_messages_streamed(self, pair: Stack) -> None:
         with pair.anthropic().messages.stream(
-            model=MODEL, max_tokens=200, messages=[user(QUESTION)], temperature=0
+            model=MODEL, max_tokens=200, messages=[user(QUESTION)], extra_body=GREEDY
         ) as stream:
             text = "".join(stream.text_stream)
             whole = stream.get_final_message()
@@ -179,7 +182,7 @@ class TestAnthropic:
 
     def test_system_prompt_and_tool(self, pair: Stack) -> None:
         answer = pair.anthropic().messages.create(
-            model=MODEL, max_tokens=200, system="Be brief.", messages=[user(WEATHER)], temperature=0,
+            model=MODEL, max_tokens=200, system="Be brief.", messages=[user(WEATHER)], extra_body=GREEDY,
             tools=[{"name": "get_weather", "input_schema": TOOL["function"]["parameters"]}],
         )  # fmt: skip
         assert answer.stop_reason == "tool_use"
