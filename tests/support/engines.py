@@ -1,4 +1,4 @@
-"""Real engines for tests: the whole tree as `vitalis-serve up` starts it, and a single engine without it.
+"""Real engines for tests: the whole tree as `vitalis-serve up` starts it.
 
     with engines.stack(profile="cpu-tiny", replicas=2) as tree:
         tree.openai().chat.completions.create(...)
@@ -9,7 +9,6 @@ token, the supervisor by its socket; engines' own metrics by their Unix sockets.
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -31,18 +30,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # Two replicas loading at once on two busy cores took 95 s; building a model before that, minutes.
 START_SECONDS = 900
 STOP_SECONDS = 60
-
-# What a vLLM engine needs on CPU, tried by hand; the tree's own command lines come from the program.
-TINY_FLAGS = (
-    "--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "32",
-    "--reasoning-parser", "openai_gptoss", "--tool-call-parser", "openai", "--enable-auto-tool-choice",
-)  # fmt: skip
-ENGINE_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "PYTHONSAFEPATH": "1",
-}
 
 
 class NotHere(Exception):
@@ -302,41 +289,3 @@ def stack(make: str = "", **settings: Any) -> Iterator[Stack]:
         finally:
             if tree.process is not None:
                 tree.stop()
-
-
-@contextlib.contextmanager
-def engine(model: Path, *, name: str, flags: tuple[str, ...], variables: Mapping[str, str]) -> Iterator[Engine]:
-    """One vLLM without anything of ours around it, ready when the model is listed. Raises NotHere."""
-    python = engine_python()
-    with tempfile.TemporaryDirectory(prefix="vitalis-vllm-") as scratch:
-        found = Engine(Path(scratch) / "e.sock")
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(("VITALIS_", "VLLM_", "PYTHON"))}
-        with (Path(scratch) / "log").open("wb") as log:
-            child = subprocess.Popen(
-                [
-                    str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-                    "--served-model-name", name, "--uds", str(found.socket), *flags,
-                ],
-                env={**environ, **ENGINE_ENVIRONMENT, **variables}, cwd=scratch, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-
-        def ready() -> bool:
-            assert child.poll() is None, (Path(scratch) / "log").read_text(errors="replace")[-4000:]
-            try:
-                with found.http() as http:
-                    return http.get("/v1/models").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        try:
-            until(ready, 300, "engine ready", every=0.5)
-            yield found
-        finally:
-            # The whole group: vLLM's worker processes outlive a killed API server.
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-
-
-def dumps(value: Any) -> bytes:
-    return json.dumps(value).encode()
