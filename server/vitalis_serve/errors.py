@@ -61,9 +61,7 @@ class ServeError(Exception):
     `retry_after` is in seconds, 1 to 60, and only set where it was computed.
     """
 
-    def __init__(
-        self, code: str, message: str, *, param: str | None = None, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         self.code = code
         self.status, self.type = CODES[code]
         self.message = message
