@@ -13,6 +13,7 @@ environment is whole: a build that was killed is never used. Standard library on
 """
 
 import argparse
+import ctypes
 import hashlib
 import os
 import platform
@@ -47,6 +48,8 @@ ROLES = {
     "engine-cpu": (("torch", "transformers", "vllm"), 5.0),
     "engine-cuda": (("torch", "transformers", "vllm"), 20.0),
 }
+# role -> shared libraries that its packages load and no wheel brings, with the Debian package of each
+LIBRARIES = {"engine-cpu": {"libnuma.so.1": "libnuma1"}}
 ENGINE_PYTHONS = ("3.11", "3.12", "3.13")
 COMMANDS = {"pytest": "pytest", "ruff": "ruff", "mypy": "mypy", "pre-commit": "pre_commit"}
 
@@ -126,6 +129,7 @@ def find_or_make(role: str) -> Path:
         return Path(given)
     if role == "engine":
         role = "engine-cuda" if has_nvidia_gpu() else "engine-cpu"
+    check_libraries(role)
     base = base_python(role)
     folder = cache_folder() / "env"
     try:
@@ -144,6 +148,18 @@ def find_or_make(role: str) -> Path:
             "set VITALIS_CACHE to a folder that can be written and has room"
         ) from None
     return path / "bin" / "python"
+
+
+def check_libraries(role: str) -> None:
+    """Before gigabytes are fetched: vLLM imports without them and fails when an engine starts."""
+    for library, package in LIBRARIES.get(role, {}).items():
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            raise EnvironmentFailure(
+                f"{role}: vLLM needs the library {library}, which this machine lacks: install it (on Debian and "
+                f"Ubuntu: apt-get install {package})"
+            ) from None
 
 
 def usable(path: Path) -> bool:

@@ -155,6 +155,18 @@ def test_torch_is_looked_for_at_its_own_index_last(checkout: Checkout) -> None:
     assert "pip as configured does not know torch's CPU build; trying https://download.pytorch.org/whl/cpu" in err
 
 
+def test_a_library_that_is_missing_is_told_before_anything_is_fetched(checkout: Checkout) -> None:
+    script = checkout.folder / "deploy/environments.py"
+    script.write_text(script.read_text().replace("libnuma.so.1", "libnowhere.so.1"))
+    checkout.lock("engine-cpu", "torch")
+    code, out, err = checkout.make("engine-cpu")
+    assert (code, out) == (1, "")
+    assert "needs the library libnowhere.so.1" in err
+    assert "apt-get install libnuma1" in err
+    assert len(err.splitlines()) == 1
+    assert not checkout.cache.exists()
+
+
 def test_cache_that_cannot_be_written(checkout: Checkout) -> None:
     code, _, err = checkout.make("gateway", VITALIS_CACHE="/proc/nowhere")
     assert code == 1
