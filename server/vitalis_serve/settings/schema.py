@@ -83,6 +83,8 @@ def _comma_list(value: Any) -> Any:
 
 
 def _path(value: Any) -> Any:
+    if value == "":  # Path("") is the current folder
+        raise ValueError("must not be empty")
     return str(Path(value).expanduser()) if isinstance(value, str) else value
 
 

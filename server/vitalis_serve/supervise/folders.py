@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from vitalis_serve.errors import StartError
 
 MAX_SOCKET_PATH_BYTES = 104
 LONGEST_NAME = "supervisor.sock"
+OWN_FILES = ("vitalis.db", "fleet.json")
 
 
 def tree_name(data_folder: Path) -> str:
@@ -34,15 +36,18 @@ def run_folder(data_folder: Path, environ: Mapping[str, str] = os.environ) -> Pa
 
 
 def prepare(data_folder: Path) -> Path:
-    """Makes the folders, private; returns the run folder. Raises StartError where they cannot be written."""
+    """Makes the folders, private; returns the run folder. Raises StartError where they cannot be written, or where
+    data_folder is a folder of other things that others may read: closing it would lock them out."""
     run = run_folder(data_folder)
     try:
-        for folder in (data_folder, data_folder / "log", run.parent, run):
+        data_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_foreign(data_folder)
+        for folder in (data_folder / "log", run.parent, run):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_other_user(run)
         for folder in (data_folder, run):
-            if folder.stat().st_uid != os.getuid():
-                raise StartError(f"{folder} belongs to another user: set data_folder to one of your own.")
-            folder.chmod(0o700)
+            if not _is_private(folder):
+                folder.chmod(0o700)
         for folder in (data_folder, run):
             _try_writing(folder)
     except OSError as exc:
@@ -52,6 +57,29 @@ def prepare(data_folder: Path) -> Path:
             "it writable, or set data_folder to another."
         ) from exc
     return run
+
+
+def _refuse_other_user(folder: Path) -> None:
+    if folder.stat().st_uid != os.getuid():
+        raise StartError(f"{folder} belongs to another user: set data_folder to one of your own.")
+
+
+def _is_private(folder: Path) -> bool:
+    return stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
+
+
+def _refuse_foreign(folder: Path) -> None:
+    _refuse_other_user(folder)
+    if _is_private(folder) or not any(folder.iterdir()) or any((folder / name).is_file() for name in OWN_FILES):
+        return
+    run = folder / "run"
+    # /var and / have a run/ too, but not a private one.
+    if run.is_dir() and not run.is_symlink() and _is_private(run):
+        return
+    raise StartError(
+        f"the data folder {folder.resolve()} holds other things and is open to other users: set data_folder to a "
+        "folder of its own, which vitalis-serve makes."
+    )
 
 
 def _try_writing(folder: Path) -> None:

@@ -113,6 +113,7 @@ def test_empty_sections_and_empty_files_are_defaults(write):
         ("{1: 2}", ["1 is not a known key"]),
         ("? [a]\n: 1", [":1: a key must be plain text"]),
         ("a: &x {b: *x}", ["refers to itself"]),
+        ('data_folder: ""', [":1: data_folder must not be empty"]),
         ("data_folder: !!python/name:os.system x", ["only plain values"]),
         ("engines: {device: gpu}", ["engines.device is 'gpu'; it must be 'auto', 'cuda' or 'cpu'"]),
         ("engines: {engine_env: {A: true}}", ['engines.engine_env.A must be text: write "1" or "0"']),

@@ -22,6 +22,37 @@ def test_folders_are_private(tmp_path):
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "var", run)] == [0o700, 0o700]
 
 
+def test_a_folder_of_other_things_is_refused_and_stays_as_it_is(tmp_path):
+    home = tmp_path / "home"
+    (home / "run").mkdir(parents=True)
+    (home / "notes").write_text("")
+    home.chmod(0o755)
+    (home / "run").chmod(0o755)
+    with pytest.raises(StartError, match=r"data folder .*/home holds other things .*: set data_folder"):
+        folders.prepare(home)
+    assert home.stat().st_mode & 0o777 == 0o755
+    assert sorted(path.name for path in home.iterdir()) == ["notes", "run"]
+
+
+@pytest.mark.parametrize("ours", ["", "vitalis.db", "fleet.json", "run/"])
+def test_an_open_folder_that_is_empty_or_ours_is_closed(tmp_path, ours):
+    folder = tmp_path / "var"
+    folder.mkdir()
+    if ours.endswith("/"):
+        (folder / ours).mkdir(mode=0o700)
+    elif ours:
+        (folder / ours).write_text("")
+    folder.chmod(0o755)
+    folders.prepare(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_private_folder_may_hold_other_things(tmp_path):
+    (tmp_path / "var").mkdir(mode=0o700)
+    (tmp_path / "var" / "notes").write_text("")
+    assert folders.prepare(tmp_path / "var").is_dir()
+
+
 def test_sockets_of_a_deep_data_folder_have_short_paths(tmp_path):
     deep = tmp_path / ("d" * 100) / "var"
     runtime = tmp_path / "x"
