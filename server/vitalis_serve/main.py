@@ -74,9 +74,9 @@ class Place:
 def up(settings: Settings) -> int:
     """Runs the whole until it is told to stop."""
     place_ = _prepare(settings)
-    python = engine_python(settings.engines, os.environ)
     inventory = read_inventory(os.environ)
-    place(settings, inventory)  # what cannot fit is said before anything starts
+    place(settings, inventory)  # what cannot fit is said before anything starts, and before it costs a download
+    python = engine_python(settings.engines, os.environ)
     _check_model_folder(settings, python)
     supervisor_options = _supervisor_options(settings, place_, replicas=settings.engines.replicas)
 
@@ -105,6 +105,9 @@ def gateway(settings: Settings, engines: Sequence[str], model: str | None = None
     addresses = [_address(text) for text in engines]
     if not addresses:
         raise ConfigurationError("give at least one --engine, for example --engine http://127.0.0.1:8000")
+    for address in addresses:
+        if addresses.count(address) > 1:
+            raise ConfigurationError(f"--engine {address} is given more than once: name each engine once")
     settings = _serving(settings, (model,) if model else asyncio.run(_listed(addresses)))
     place_ = _prepare(settings)
     supervisor_options = _supervisor_options(
@@ -131,9 +134,9 @@ def engine(settings: Settings) -> int:
     """One engine, kept alive, in the foreground; 1 if it has failed for good."""
     settings = _with_replicas(settings, 1)
     place_ = _prepare(settings)
-    python = engine_python(settings.engines, os.environ)
     inventory = read_inventory(os.environ)
     place(settings, inventory)
+    python = engine_python(settings.engines, os.environ)
     _check_model_folder(settings, python)
     options = SupervisorOptions(place_.data, place_.run, replicas=1, stop_seconds=settings.engines.stop_seconds)
     failed = False
@@ -389,12 +392,20 @@ def _family(folder: Path) -> str | None:
 def _address(text: str) -> str:
     """An engine's address as the fleet writes it. Raises ConfigurationError."""
     if text.startswith("unix:") and len(text) > len("unix:"):
-        return f"unix:{Path(text.removeprefix('unix:')).absolute()}"
+        path = Path(text.removeprefix("unix:")).absolute()
+        if len(os.fsencode(path)) >= folders.MAX_SOCKET_PATH_BYTES:
+            raise ConfigurationError(
+                f"--engine {text}: the path of a Unix socket must be shorter than {folders.MAX_SOCKET_PATH_BYTES} "
+                f"bytes, this one has {len(os.fsencode(path))}: let the engine listen on a shorter one"
+            )
+        return f"unix:{path}"
     try:
         url = urlsplit(text)
         port = url.port or 80
     except ValueError:
         url, port = urlsplit(""), 0
+    if "@" in url.netloc:  # not repeated: it may hold a password
+        raise ConfigurationError("--engine: an address with a user name is not supported: give http://HOST:PORT")
     if url.scheme != "http" or not url.hostname or url.path.strip("/") or url.query:
         raise ConfigurationError(f"--engine {text} is no engine's address: give http://HOST:PORT or unix:/PATH")
     host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
@@ -417,7 +428,12 @@ def _relay(*, always: bool = False) -> Callable[[str, str], None] | None:
     if sys.stderr.isatty() and not always:
         return None
     lines = logging.getLogger("vitalis_serve.child")
-    return lambda name, line: lines.info("%s", line, extra={"child": name, "engine": name})
+
+    def relay(name: str, line: str) -> None:
+        engine_ = {"engine": name} if name.startswith("engine-") else {}
+        lines.info("%s", line, extra={"child": name, **engine_})
+
+    return relay
 
 
 async def _greet(supervisor: Supervisor, welcome: Welcome) -> None:

@@ -242,3 +242,39 @@ def test_an_engine_that_is_no_address_is_said_with_2(ours, engine):
     done = ours.ask("gateway", "--engine", engine)
     assert done.returncode == 2
     assert shlex.quote(engine).strip("'") in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("engines", "reason"),
+    [
+        (["http://user:s3cret@x:1"], "an address with a user name is not supported"),
+        (["unix:/" + "x" * 103], "must be shorter than 104 bytes, this one has 104"),
+        (["http://X:80", "unix:/a", "http://x"], "http://x:80 is given more than once"),
+    ],
+)
+def test_an_engine_that_cannot_be_used_is_one_sentence(ours, engines, reason):
+    done = ours.ask("gateway", *(word for engine in engines for word in ("--engine", engine)))
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "s3cret" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "engine"])
+def test_no_gpu_is_said_before_a_missing_engine_environment(ours, command):
+    ours.configure(ours.folder / "model", device="cuda", engine_python=str(ours.folder / "nowhere"))
+    done = subprocess.run(
+        ours.argv(command), env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "engines.device is cuda but no GPU was found" in done.stderr
+
+
+def test_only_lines_of_engines_are_marked_as_an_engine_s(ours):
+    ours.start("up")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    assert ours.stop() == 0
+    lines = [json.loads(line) for line in (ours.var / "log" / "supervisor.log").read_text().splitlines()]
+    relayed = {(line["child"], line.get("engine")) for line in lines if line["logger"] == "vitalis_serve.child"}
+    assert ("engine-0", "engine-0") in relayed
+    assert {engine for child, engine in relayed if not child.startswith("engine-")} == {None}
