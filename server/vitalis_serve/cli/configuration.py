@@ -22,7 +22,7 @@ from vitalis_serve.engines.command import EngineCommand, engine_command
 from vitalis_serve.engines.environment import cache_folder, engine_python
 from vitalis_serve.engines.gpus import Inventory, read_inventory
 from vitalis_serve.engines.memory import GIB, Architecture, MemoryPlan, architecture_of, architectures, plan_memory
-from vitalis_serve.engines.placement import Placement, device_of, place
+from vitalis_serve.engines.placement import Placement, check_heads, device_of, place
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.progress import ProgressLines
 from vitalis_serve.settings import Resolved, Settings, load, resolve
@@ -71,7 +71,10 @@ def check_config(config: Config = None, inventory: InventoryFile = None, as_json
     problem: ConfigurationError | None = None
     commands: list[EngineCommand] = []
     try:
+        models.check_folder(settings.model)
         commands = _commands(settings, machine, python)
+        if settings.engines.tensor_parallel > 1 and (architecture := _known_architecture(resolved)):
+            check_heads(settings.engines.tensor_parallel, architecture)
     except ConfigurationError as error:
         problem = error
     if as_json:
@@ -203,21 +206,38 @@ def _print_plan(
 
 
 def _architecture(resolved: Resolved) -> Architecture:
-    """From the model's own config.json where it is here already, else from config/model-params.json."""
+    """As `_known_architecture`. Raises ConfigurationError where it is not known."""
+    models.check_folder(resolved.settings.model)
+    if found := _known_architecture(resolved):
+        return found
+    raise ConfigurationError(
+        f"model: {_source(resolved.settings)} is not in {_table(resolved)} and not on this machine yet; run"
+        " `vitalis-serve model fetch` first"
+    )
+
+
+def _known_architecture(resolved: Resolved) -> Architecture | None:
+    """From the model's own config.json where it is here already, else from config/model-params.json, if it is there.
+    Raises ConfigurationError for a local folder that does not say."""
     model = resolved.settings.model
+    if model.folder is not None:
+        return architecture_of(Path(os.path.abspath(model.folder)))
     with contextlib.suppress(ConfigurationError):
         python, _ = _python(resolved.settings)
         folder = models.folder_of(model, cache_folder(os.environ), python)
-        if (folder / "config.json").is_file() or model.folder is not None:
+        if (folder / "config.json").is_file():
             return architecture_of(folder)
-    name = (model.hub or "").rpartition("/")[2] or model.package or model.build or str(model.folder)
-    file = resolved.files[0].parent / "model-params.json"
-    known = architectures(file)
-    if name not in known:
-        raise ConfigurationError(
-            f"model: {name} is not in {file} and not on this machine yet; run `vitalis-serve model fetch` first"
-        )
-    return known[name]
+    table = _table(resolved)
+    return architectures(table).get(_source(resolved.settings)) if table.is_file() else None
+
+
+def _source(settings: Settings) -> str:
+    model = settings.model
+    return (model.hub or "").rpartition("/")[2] or model.package or model.build or str(model.folder)
+
+
+def _table(resolved: Resolved) -> Path:
+    return resolved.files[0].parent / "model-params.json"
 
 
 def _memory(settings: Settings, machine: Inventory, architecture: Architecture, placement: Placement) -> MemoryPlan:

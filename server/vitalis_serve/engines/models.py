@@ -76,9 +76,8 @@ def ensure(
     Raises ConfigurationError (wrong name or folder) or StartError (network, disk, a builder that failed).
     """
     folder = folder_of(model, cache_folder, engine_python)
-    if model.folder is not None:
-        _refuse(folder, check(folder))
-    elif not folder.is_dir():
+    check_folder(model)
+    if not folder.is_dir():
         with _locked(folder, progress):
             if not folder.is_dir():  # the one we waited for may have made it
                 _make(model, folder, engine_python, progress, environ)
@@ -155,6 +154,13 @@ def _is_whole(path: Path) -> bool:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return False
     return bool(size == 8 + length + max(ends, default=0))
+
+
+def check_folder(model: Model) -> None:
+    """Raises ConfigurationError where `model` is a local folder and that is no model. Takes no time."""
+    if model.folder is not None:
+        folder = Path(os.path.abspath(model.folder))
+        _refuse(folder, check(folder))
 
 
 def _refuse(folder: Path, problems: tuple[str, ...]) -> None:

@@ -240,3 +240,21 @@ class Settings(Strict):
         if twice:
             raise ValueError(f"routes name {', '.join(twice)} more than once")
         return self
+
+    @model_validator(mode="after")
+    def ports_differ(self) -> "Settings":
+        data, admin = self.gateway, self.control
+        if data.port == admin.port != 0 and _overlap(data.host, admin.host):
+            raise ValueError(
+                f"gateway.port and control.port are both {data.port} on the same address"
+                f" ({data.host} and {admin.host}); change one"
+            )
+        return self
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two hosts share an address, as far as their text tells."""
+    hosts = {"127.0.0.1" if host == "localhost" else host for host in (one, other)}
+    if len(hosts) == 1 or "::" in hosts:  # :: takes IPv4 as well
+        return True
+    return "0.0.0.0" in hosts and not any(":" in host for host in hosts)

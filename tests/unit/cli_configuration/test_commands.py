@@ -191,3 +191,28 @@ def test_model_commands_on_an_empty_cache(run):
     done = run("model", "fetch", VITALIS_MODEL_FOLDER="/none", VITALIS_PROFILE="h200")
     assert done.returncode == 2
     assert "model.folder: /none: there is no such folder" in done.stderr
+
+
+def test_a_model_folder_that_is_none_is_said_as_up_says_it(run, python, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, reason in ((tmp_path / "none", "there is no such folder"), (tmp_path / "empty", "config.json is mis")):
+        environ = {"VITALIS_MODEL_FOLDER": str(folder), "VITALIS_PROFILE": "h200", "VITALIS_ENGINE_PYTHON": python}
+        words = ("--inventory", str(INVENTORIES / "1xh200.json"))
+        done = run("check-config", *words, **environ)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[0].endswith("it must hold a model in safetensors format"), done.stderr
+        assert f"model.folder: {folder}: {reason}" in done.stderr
+        done = run("plan", *words, **environ)
+        assert done.returncode == 1
+        assert f"does not fit: model.folder: {folder}: {reason}" in done.stdout
+        assert "model fetch" not in done.stdout
+
+
+def test_heads_that_cannot_be_cut_are_exit_2_for_check_too(run, python):
+    """smollm2 has 9 attention heads and 3 key-value heads."""
+    done = run(
+        "check-config", VITALIS_ENGINE_PYTHON=python, VITALIS_PROFILE="cpu-demo", VITALIS_ENGINES_TENSOR_PARALLEL="2"
+    )
+    assert done.returncode == 2
+    assert "engines.tensor_parallel is 2 but smollm2-135m has 9 attention heads" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

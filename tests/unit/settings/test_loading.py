@@ -126,6 +126,9 @@ def test_empty_sections_and_empty_files_are_defaults(write):
         ("model: {hub: a/b, folder: /x}", [":1: model: give exactly one of", "found hub, folder"]),
         ("model:\n  hub: no-slash", ["model.hub is 'no-slash'; it must match"]),
         ("routes: [{name: a}, {name: a}]", ["routes name a more than once"]),
+        ("control: {port: 8080}", ["gateway.port and control.port are both 8080 on the same address"]),
+        ("gateway: {host: localhost}\ncontrol: {port: 8080}", ["are both 8080", "localhost and 127.0.0.1"]),
+        ("gateway: {host: '::', port: 8081}", ["are both 8081"]),
         ("routes: [{model: a}]", ["routes.0.name is missing"]),
         ("shutdown: {drain_seconds: .inf}", ["shutdown.drain_seconds is inf"]),
         ("shutdown: {drain_seconds: -1}", ["shutdown.drain_seconds is -1; it must be at least 0"]),
@@ -240,3 +243,15 @@ def test_auto_asks_for_gpus_and_says_why(write):
     resolved = resolve(path, {}, gpus=lambda: [GpuModel("NVIDIA H200", 140 * GIB)])
     assert (resolved.settings.profile, resolved.settings.engines.slots) == ("h200", 7)
     assert resolved.profile_reason == "auto: 1 x NVIDIA H200"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gateway: {port: 0}\ncontrol: {port: 0}",
+        "gateway: {host: 10.0.0.1}\ncontrol: {port: 8080}",
+        "gateway: {host: 0.0.0.0}\ncontrol: {host: '::1', port: 8080}",
+    ],
+)
+def test_one_port_on_two_addresses_is_allowed(write, text):
+    assert load(write(text), CPU).control.port in (0, 8080)
