@@ -310,7 +310,8 @@ def check_imports(role: str, python: Path, modules: tuple[str, ...]) -> None:
 def write_commands(folder: Path, python: Path) -> None:
     """`bin/` for this checkout: the shared environment's tools, with this checkout's package in front.
 
-    PYTHONPATH is how the package reaches child processes too; `-P` keeps the working folder out of the path.
+    PYTHONPATH is how the package reaches child processes too, and the caller's own stays behind ours; `-P` keeps the
+    working folder out of the path.
     """
     if (folder / "pyvenv.cfg").exists():
         raise EnvironmentFailure(f"{folder} is a virtual environment of your own: move it away, or name another folder")
@@ -327,7 +328,7 @@ def write_commands(folder: Path, python: Path) -> None:
         fresh = target.with_name(f".{name}.{os.getpid()}")
         fresh.write_text(
             "#!/bin/sh\n# Written by deploy/environments.py.\n"
-            f"PYTHONPATH='{REPOSITORY}/server' exec '{python}' {arguments}\n"
+            f"PYTHONPATH='{REPOSITORY}/server'\"${{PYTHONPATH:+:$PYTHONPATH}}\" exec '{python}' {arguments}\n"
         )
         fresh.chmod(0o755)
         fresh.replace(target)

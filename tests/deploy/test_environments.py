@@ -83,11 +83,13 @@ def test_is_made_once_and_found_again(checkout: Checkout) -> None:
     python = Path(out.removesuffix("\n"))
     assert python.parent.parent in checkout.made()
     subprocess.run([str(python), "-c", "import uvicorn, msgspec"], check=True)
-    shown = subprocess.run(
-        [str(checkout.folder / ".venv/bin/python"), "-c", "import sys; print(sys.path[1])"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert shown.strip() == str(checkout.folder / "server"), "this checkout's package comes first"
+    for given, behind in ((None, ""), ("/a b:/c", ":/a b:/c")):
+        environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        shown = subprocess.run(
+            [str(checkout.folder / ".venv/bin/python"), "-c", "import os; print(os.environ['PYTHONPATH'])"],
+            env=environ | ({} if given is None else {"PYTHONPATH": given}), capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert shown.strip() == f"{checkout.folder / 'server'}{behind}", "this checkout's package comes first"
 
     stamp = python.parent.stat().st_ctime_ns
     assert checkout.make("gateway") == (0, out, ""), "the second run is silent"
