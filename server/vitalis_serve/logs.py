@@ -3,11 +3,15 @@
 Call sites use stdlib logging with a constant message, `%s` arguments, and fields by `extra`.
 """
 
+import atexit
+import contextlib
 import json
 import logging
 import logging.handlers
 import os
+import queue
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +20,8 @@ from typing import Final
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 MAX_BYTES: Final = 16 << 20
 KEEP: Final = 3
+MAX_WAITING: Final = 10_000
+LAST_SECONDS: Final = 2.0
 
 
 class JsonLines(logging.Formatter):
@@ -50,7 +56,7 @@ def configure(path: Path | None = None, *, level: str = "INFO", terminal: bool |
 
     Raises OSError if `path` cannot be written.
     """
-    screen = logging.StreamHandler(sys.stderr)
+    screen = _Screen()
     human = sys.stderr.isatty() if terminal is None else terminal
     screen.setFormatter(HumanLines() if human else JsonLines())
     handlers: list[logging.Handler] = [screen]
@@ -60,4 +66,40 @@ def configure(path: Path | None = None, *, level: str = "INFO", terminal: bool |
         file.setFormatter(JsonLines())
         handlers.append(file)
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
-    logging.basicConfig(level=level, handlers=handlers, force=True)
+    logging.basicConfig(level=level, handlers=[_behind_a_queue(handlers)], force=True)
+
+
+class _Screen(logging.Handler):
+    """Standard error without Python's buffers, whose lock a thread that hangs in a write would take to the grave."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            left = memoryview(f"{self.format(record)}\n".encode(errors="replace"))
+            while left:
+                left = left[os.write(2, left) :]
+
+
+class _Queue(logging.handlers.QueueHandler):
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # to a thread of ours: it may keep its fields and its traceback
+
+
+def _behind_a_queue(handlers: list[logging.Handler]) -> logging.Handler:
+    """Writes from a thread. A pipe that nobody reads or a disk that hangs costs lines, never the event loop."""
+    waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_WAITING)
+
+    def write() -> None:
+        while (record := waiting.get()) is not None:
+            for handler in handlers:
+                handler.emit(record)  # not `handle`: its lock, held in a write that hangs, would hang the exit too
+
+    thread = threading.Thread(target=write, name="log", daemon=True)
+    thread.start()
+
+    def finish() -> None:
+        with contextlib.suppress(queue.Full):
+            waiting.put_nowait(None)
+            thread.join(LAST_SECONDS)
+
+    atexit.register(finish)
+    return _Queue(waiting)

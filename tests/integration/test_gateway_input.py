@@ -387,6 +387,10 @@ BAD_HTTP = {
     "an unknown method": b"HELLO /healthz HTTP/1.1\r\n\r\n",
     "CONNECT": b"CONNECT example.org:443 HTTP/1.1\r\nhost: x\r\n\r\n",
     "an upgrade": b"GET /healthz HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+    "no host": b"GET /healthz HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /healthz HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n",
+    "gzip, then chunked": HEAD + b"transfer-encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "HTTP/1.0 in chunks": b"POST /nope HTTP/1.0\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
     "an upgrade with a body": HEAD
     + b"connection: upgrade\r\nupgrade: h2c\r\ncontent-length: %d\r\n\r\n" % len(BODY)
     + BODY,
@@ -405,6 +409,18 @@ def test_one_answer_to_a_request_refused_at_its_head(closed: Stage, head: bytes,
     """However much of it, and of what comes behind it, was in the same read."""
     behind = client.get("/healthz") * 2
     assert len(closed.raw(head + b"transfer-encoding: chunked\r\n\r\n" + body + behind)) == 1
+
+
+def test_trailers_count_as_headers(closed: Stage) -> None:
+    """They are read and thrown away, but not without end."""
+    head = HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+    assert closed.raw(head + b"".join(b"x-%d: %b\r\n" % (i, b"a" * 1000) for i in range(100))) == [b"431"]
+
+
+def test_a_refused_body_that_trickles_gets_its_answer_soon(closed: Stage) -> None:
+    """The head has decided already: 401, and not the body's 408."""
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5000\r\n\r\n{"
+    assert closed.raw(request) == [b"401"]
 
 
 def test_garbage_behind_a_request_does_not_cost_it_its_answer(stage: Stage) -> None:

@@ -67,6 +67,24 @@ def test_stopping_goes_in_order(var):
     assert times["eof"] < times["sigterm"]
 
 
+def test_a_worker_that_died_before_is_drained_all_the_same(var):
+    """Its earlier life's end must not pass for having drained: what runs would be cut."""
+    var.start()
+    first = var.child("worker-0")["pid"]
+    os.kill(first, signal.SIGKILL)
+    var.until(lambda: (c := var.child("worker-0"))["state"] == "ready" and c["pid"] != first)
+    var.in_flight(engine_0=1)
+    engine = var.child("engine-0")["pid"]
+    var.process.send_signal(signal.SIGTERM)
+    var.until(lambda: "drain" in var.told())
+    time.sleep(0.5)  # something that must not happen meanwhile
+    assert "eof" not in var.told()
+    assert not dead(engine)
+    var.in_flight()
+    assert var.wait() == 0
+    assert var.told()[-2:] == ["drain", "eof"]
+
+
 def test_new_connections_are_refused_once_it_drains(var):
     var.start()
     port = var.status()["gateway"]["port"]

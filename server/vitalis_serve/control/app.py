@@ -1,8 +1,8 @@
 """Control's HTTP API. Routes decide nothing: changes go through `snapshots.py`, fleet commands to the
 supervisor.
 
-Everything but /healthz needs control's token, the documents included. Answers that are not a success carry
-the envelope of the data plane.
+Everything but /healthz and the documents (/docs, /openapi.json) needs control's token. Answers that are not a
+success carry the envelope of the data plane.
 """
 
 import logging

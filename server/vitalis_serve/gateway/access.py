@@ -4,6 +4,8 @@ Records are kept in a bounded list; what does not fit is dropped and counted. No
 no key is ever in a record: key ids only.
 """
 
+import contextlib
+import os
 import sys
 import threading
 import time
@@ -13,6 +15,7 @@ import msgspec
 
 FLUSH_SECONDS: Final = 0.25
 MAX_WAITING: Final = 50_000
+MAX_BYTES: Final = 64 << 20  # of one file; two older ones are kept
 
 
 class Record(msgspec.Struct, omit_defaults=True):
@@ -43,11 +46,12 @@ class Record(msgspec.Struct, omit_defaults=True):
 class AccessLog:
     """`path`: "" writes nothing, "-" writes to standard error. Close it to write what is left."""
 
-    def __init__(self, path: str, *, flush_seconds: float = FLUSH_SECONDS) -> None:
+    def __init__(self, path: str, *, flush_seconds: float = FLUSH_SECONDS, max_bytes: int = MAX_BYTES) -> None:
         self.enabled = path != ""
         self.dropped = 0
         self._path = path
         self._flush_seconds = flush_seconds
+        self._max_bytes = max_bytes
         self._waiting: list[Record] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
@@ -88,7 +92,17 @@ class AccessLog:
                 sys.stderr.buffer.flush()
             else:
                 # Opened each time, so that a log that was rotated away is begun anew.
-                with open(self._path, "ab", buffering=0) as file:
+                fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                with open(fd, "ab", buffering=0) as file:
                     file.write(lines)
+                    full = os.fstat(fd).st_size > self._max_bytes
+                if full:
+                    self._rotate()
         except OSError:
             self.dropped += records
+
+    def _rotate(self) -> None:
+        """One file of `max_bytes` and two older ones. Several workers may come here at once: one of them wins."""
+        for older, newer in ((".2", ".1"), (".1", "")):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self._path + newer, self._path + older)

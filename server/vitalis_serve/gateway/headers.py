@@ -9,6 +9,7 @@ from vitalis_serve.errors import ServeError
 # (X-Vllm-Priority, X-data-parallel-rank) among them.
 WANTED: Final = frozenset(
     {
+        b"host",
         b"authorization",
         b"x-api-key",
         b"x-request-id",
@@ -25,7 +26,9 @@ WANTED: Final = frozenset(
     }
 )
 FORWARDED: Final = (b"anthropic-version", b"anthropic-beta", b"traceparent", b"tracestate")
-ONCE: Final = frozenset({b"authorization", b"x-api-key", b"content-type", b"content-length", b"transfer-encoding"})
+ONCE: Final = frozenset(
+    {b"host", b"authorization", b"x-api-key", b"content-type", b"content-length", b"transfer-encoding"}
+)
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z").match
 

@@ -53,6 +53,7 @@ class ClientConnection(asyncio.Protocol):
         "_presented",
         "_presented_to",
         "_received",
+        "_trailer_bytes",
         "_relay",
         "_reading_paused",
         "_state",
@@ -92,6 +93,7 @@ class ClientConnection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._head_bytes = 0
         self._head_done = False
+        self._trailer_bytes = 0
         self._wanted_body = 0
 
     # -- asyncio.Protocol
@@ -189,6 +191,7 @@ class ClientConnection(asyncio.Protocol):
         self._received = Relay(self, self._state)
         self._url = b""
         self._head_done = False
+        self._trailer_bytes = 0
         self._wanted_body = 0
         if self._body:
             self._body = []
@@ -199,6 +202,11 @@ class ClientConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         relay = self._received
         if relay is None:
+            return
+        if self._head_done:  # a trailer: nothing in it counts but its size, which belongs to the head's
+            self._trailer_bytes += len(name) + len(value)
+            if self._trailer_bytes > self._state.options.max_header_bytes and self._relay is None:
+                self._refuse_body(relay, ServeError("headers_too_large", "The request's trailers are too large."))
             return
         name = name.lower()
         if name in rules.WANTED:
@@ -218,6 +226,8 @@ class ClientConnection(asyncio.Protocol):
         relay.request_id = rules.sane_request_id(relay.headers.get(b"x-request-id")) or state.next_request_id()
         url = self._url
         relay.path = url if b"?" not in url else url[: url.index(b"?")]
+        if relay.refusal is not None:  # a header that may be there once was there twice
+            relay.keep_alive = False
         try:
             self._judge_head(relay)
         except ServeError as error:
@@ -225,7 +235,9 @@ class ClientConnection(asyncio.Protocol):
                 relay.refusal = error
         if self._relay is None:
             self.phase = BODY
-            self.deadline = state.now() + state.options.body_seconds
+            # A body that is only read to be thrown away gets little time: its answer stands already.
+            patience = state.options.body_seconds if relay.refusal is None else LINGER_SECONDS
+            self.deadline = state.now() + min(patience, state.options.body_seconds)
         if b"expect" in relay.headers and relay.refusal is None and self._relay is None:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if relay.refusal is not None and (
@@ -246,6 +258,7 @@ class ClientConnection(asyncio.Protocol):
         if not relay.http_1_0 and self._parser.get_http_version() != "1.1":
             relay.keep_alive = False
             raise ServeError("invalid_request", "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
+        self._judge_framing(relay, head)
         if b"content-length" in head:
             self._wanted_body = int(head[b"content-length"])  # llhttp has checked that it is a number
         api = relay.api = APIS.get(path)
@@ -273,6 +286,19 @@ class ClientConnection(asyncio.Protocol):
                 raise ServeError("scope_missing", "This key lacks the scope `inference`.")
             self._presented, self._presented_to, self._key = presented, keys, key
             self._key_until = key.expires_at or _NEVER
+
+    def _judge_framing(self, relay: Relay, head: dict[bytes, bytes]) -> None:
+        """What a proxy in front could read otherwise than we do. RFC 9112, sections 3.2, 6.1 and 7.4."""
+        wrong = ""
+        if b"host" not in head and not relay.http_1_0:
+            wrong = "The Host header is missing."
+        elif b"transfer-encoding" in head and relay.http_1_0:
+            wrong = "HTTP/1.0 has no transfer encodings."
+        elif head.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+            wrong = "The only transfer encoding spoken here is chunked."
+        if wrong:
+            relay.keep_alive = False
+            raise ServeError("invalid_request", wrong)
 
     def _judge_post(self, relay: Relay, head: dict[bytes, bytes]) -> None:
         if relay.method != b"POST":
@@ -434,7 +460,8 @@ class ClientConnection(asyncio.Protocol):
                 self._relay.check(now)
         elif now >= self.deadline:
             if phase == BODY:
-                self._refuse(ServeError("body_timeout", "The body did not arrive in time."))
+                refusal = self._received.refusal if self._received is not None else None
+                self._refuse(refusal or ServeError("body_timeout", "The body did not arrive in time."))
             elif phase == HEAD and self._head_bytes:
                 self._refuse(ServeError("body_timeout", "The request's head did not arrive in time."))
             else:

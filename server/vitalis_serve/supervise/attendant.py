@@ -151,6 +151,8 @@ class Attendant:
         self.starts += 1
         self.started_at = time.monotonic()
         self.output.clear()
+        if not self._leaving.is_set():
+            self.drained.clear()  # said by, or of, an earlier life
         environment = {**self.spec.environment, orphans.VARIABLE: self._mark}
         try:
             self._child = child = await tether(
@@ -160,6 +162,8 @@ class Attendant:
             return None, f"could not start: {exc}"
         self._heard_at = time.monotonic()
         self.send(self._fleet())
+        if self._leaving.is_set():  # told to leave while it was being spawned: nobody else will tell it
+            child.hang_up()
         async with asyncio.TaskGroup() as tasks:
             listener = tasks.create_task(self._listen(child))
             watchdog = tasks.create_task(self._watch(child))

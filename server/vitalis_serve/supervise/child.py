@@ -30,6 +30,7 @@ class Child:
         self._reader, self._writer = channel
         self._output = output
         self._output_fd = output_fd
+        self._hung_up = False
         asyncio.get_running_loop().add_reader(output_fd, self._on_output)
 
     @property
@@ -38,7 +39,7 @@ class Child:
 
     def send(self, line: str) -> None:
         """Queues one line; a child that does not read is noticed by its silence, not here."""
-        if not self._writer.is_closing():
+        if not (self._hung_up or self._writer.is_closing()):
             self._writer.write(line.encode() + b"\n")
 
     async def lines(self) -> AsyncIterator[str]:
@@ -58,7 +59,8 @@ class Child:
     def hang_up(self) -> None:
         """Ends our half of the channel, which means to every child of ours that it is to end at once. Closing it
         instead would be a reset to a child whose last words we have not read."""
-        if not self._writer.is_closing():
+        if not (self._hung_up or self._writer.is_closing()):
+            self._hung_up = True
             self._writer.write_eof()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ as it was ordered to be, which resumes scale and drain, and a restart has then h
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -237,9 +238,9 @@ class Replicas:
         ):
             for replica in chosen:
                 say(f"restarting {replica.spec.name}")
-                before = replica.life.incarnation
+                before = replica.life
                 replica.post(lifecycle.Restart(replica.spec.policy.drain_seconds))
-                await replica.until(lambda life, before=before: life.incarnation > before)  # type: ignore[misc]
+                await replica.until(functools.partial(_restarted, before))
                 await self._until_up(replica)
                 say(f"{replica.spec.name} is ready")
         return f"restarted {', '.join(names) or 'nothing: there are no replicas'}"
@@ -256,3 +257,9 @@ class Replicas:
         await replica.until(lambda life: life.state in ends)
         if replica.life.state in (ReplicaState.FAILED, ReplicaState.STOPPED):
             raise OrderError(f"{replica.spec.name} did not come up: {replica.life.detail or replica.life.state}")
+
+
+def _restarted(before: lifecycle.Life, life: lifecycle.Life) -> bool:
+    """A new process was started, or the old one died while it drained and that was once too often."""
+    gave_up = life.state is ReplicaState.FAILED and before.state is not ReplicaState.FAILED
+    return life.incarnation > before.incarnation or gave_up

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,3 +79,21 @@ def test_no_log_is_no_thread() -> None:
     access_log = AccessLog("")
     assert not access_log.enabled
     access_log.close()
+
+
+def test_is_private_and_does_not_grow_without_end(tmp_path: Path) -> None:
+    """One file of the size allowed and two older ones, readable by nobody else."""
+    path = tmp_path / "access.jsonl"
+    log = AccessLog(str(path), flush_seconds=0.005, max_bytes=2000)
+    for number in range(200):
+        log.add(Record(0.0, f"req-{number}", "GET", "/healthz", 200, "ok"))
+        time.sleep(0.002)
+    log.close()
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] in (
+        ["access.jsonl", "access.jsonl.1", "access.jsonl.2"],
+        ["access.jsonl.1", "access.jsonl.2"],
+    )
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in files)
+    assert all(file.stat().st_size < 10_000 for file in files)
+    assert "req-199" in "".join(file.read_text() for file in files)

