@@ -9,6 +9,7 @@ Each returns the exit code, and raises ConfigurationError or StartError for the 
 """
 
 import asyncio
+import atexit
 import functools
 import json
 import logging
@@ -187,6 +188,11 @@ def _prepare(settings: Settings) -> Place:
     _raise_descriptor_limit()
     data = settings.data_folder.absolute()
     place_ = Place(data, folders.prepare(data))
+    # Before anything of a running tree's could be written over, and in the data folder: where the run folder lies
+    # may depend on who starts us.
+    lock = folders.Lock(data / "lock", data)
+    lock.acquire()
+    atexit.register(lock.release)
     try:
         logs.configure(place_.log / "supervisor.log")
     except OSError as exc:

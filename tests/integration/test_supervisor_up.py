@@ -129,6 +129,21 @@ def test_up_serves_what_it_prints_and_leaves_nothing(ours):
     assert "Traceback" not in ours.said()
 
 
+def test_a_refused_second_start_changes_nothing_of_the_first(ours):
+    """Its options would be read by the next worker that is replaced."""
+    ours.start("up")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    files = {path: path.read_bytes() for path in (ours.var / "run").glob("*.json")}
+    assert files
+    document = json.loads((ours.folder / "c.yaml").read_text())
+    document["gateway"]["max_body_bytes"] = 4096
+    (ours.folder / "c.yaml").write_text(json.dumps(document))
+    done = ours.ask("up")
+    assert done.returncode == 3
+    assert "already runs" in done.stderr
+    assert {path: path.read_bytes() for path in (ours.var / "run").glob("*.json")} == files
+
+
 def test_a_second_start_makes_no_second_key(ours):
     for _ in range(2):
         ours.start("up")
