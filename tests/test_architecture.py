@@ -40,7 +40,8 @@ SEES_NO_STORE = {"gateway", "engines"}
 FRAMEWORKS = {"fastapi", "starlette", "pydantic", "sqlalchemy", "alembic", "httpx"}
 ENGINE_LIBRARIES = {"vllm", "torch", "transformers"}
 PURE = ("fleet", "metrics", "errors", "supervise.lifecycle", "engines.command", "engines.placement", "engines.memory",
-        "gateway.headers", "gateway.events", "gateway.paths", "store.tables")  # fmt: skip
+        "gateway.headers", "gateway.events", "gateway.paths", "gateway.admission", "gateway.seats", "gateway.routing",
+        "gateway.fairness", "gateway.pace", "gateway.fair_admission", "store.tables")  # fmt: skip
 IMPURE_LIBRARIES = {"asyncio", "socket", "time", "subprocess"}
 
 

@@ -33,6 +33,8 @@ class Replica:
     address: "unix:/path/to.sock" or "http://host:port". models: the names this engine answers to, the first
     one being the base model. slots: most requests the gateway keeps in flight there, over all workers.
     incarnation: how often it was started; a change means that nothing known about the old process holds.
+    kv_tokens: how many tokens its KV cache holds, 0 where that is not known (and then not a limit).
+    prefill_tokens: most prompt tokens without a first token yet, 0 to derive it from the measured prefill rate.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Replica:
     slots: int = 64
     incarnation: int = 0
     detail: str = ""
+    kv_tokens: int = 0
+    prefill_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class Fleet:
                 slots=r["slots"],
                 incarnation=r["incarnation"],
                 detail=r.get("detail", ""),
+                kv_tokens=r.get("kv_tokens", 0),
+                prefill_tokens=r.get("prefill_tokens", 0),
             )
             for r in document["replicas"]
         )

@@ -1,0 +1,22 @@
+"""Affinity finds prefixes again, without a replica being left behind by its load."""
+
+import pytest
+
+from tests.simulation.routing_table import POLICIES, measure
+
+
+@pytest.mark.parametrize("replicas", [4, 12])
+def test_affinity_finds_prefixes_where_others_do_not(replicas: int) -> None:
+    affinity, tokens, turns = (measure(replicas, 0.7, name, seconds=22) for name in POLICIES)
+    assert affinity.hits > 0.72
+    assert affinity.hits > 1.25 * max(tokens.hits, turns.hits)
+    assert affinity.imbalance < 1.5
+    assert affinity.ttft_p99 < 1.2 * max(tokens.ttft_p99, turns.ttft_p99)
+    assert affinity.answered == 1.0
+
+
+def test_affinity_carries_more_than_the_others_when_all_is_full() -> None:
+    affinity, tokens, _ = (measure(4, 1.3, name, seconds=22) for name in POLICIES)
+    assert affinity.hits > tokens.hits
+    assert affinity.answered > 1.1 * tokens.answered
+    assert affinity.imbalance < 1.1
