@@ -32,10 +32,10 @@ def switching() -> Iterator[None]:
 def test_every_record_is_written_once_and_in_order(tmp_path: Path) -> None:
     path = tmp_path / "access.jsonl"
     access_log = AccessLog(str(path), flush_seconds=0.0005)
-    for number in range(40_000):
+    for number in range(8_000):
         access_log.add(record(number))
     access_log.close()
-    assert ids(path) == [f"req-{number}" for number in range(40_000)]
+    assert ids(path) == [f"req-{number}" for number in range(8_000)]
     assert access_log.dropped == 0
 
 
