@@ -1,5 +1,6 @@
 """The locks: everything hashed, no place named that packages come from, in step with what asks for them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -72,8 +73,7 @@ def test_cuda_lock_resolves(python: str, tmp_path: Path) -> None:
     """Every package has a wheel with a locked hash for Linux on x86-64, and nothing that one of them needs is missing.
     Only package descriptions are read, so this needs no card and no gigabytes."""
     uv = Path(sysconfig.get_path("scripts")) / "uv"
-    if not uv.exists():
-        pytest.skip("uv is not in this environment: run it in the one that make test uses")
+    assert uv.exists(), "uv is locked with the development tools: run this in the environment that make test uses"
     resolved = subprocess.run(
         [
             str(uv), "pip", "install", "--dry-run", "--quiet", "--no-config", "--system-certs", "--require-hashes",
@@ -82,6 +82,7 @@ def test_cuda_lock_resolves(python: str, tmp_path: Path) -> None:
         ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    if "Failed to fetch" in resolved.stderr or "error sending request" in resolved.stderr:
+    offline = not os.environ.get("CI")  # where there must be an index, not reaching it is a failure
+    if offline and ("Failed to fetch" in resolved.stderr or "error sending request" in resolved.stderr):
         pytest.skip(f"no package index can be reached: {resolved.stderr.strip().splitlines()[-1]}")
     assert resolved.returncode == 0, resolved.stderr

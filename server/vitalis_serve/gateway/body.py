@@ -111,7 +111,7 @@ class Body:
 
 def _top_level(raw: bytes) -> dict[str, msgspec.Raw]:
     try:
-        str(raw, "utf-8")  # msgspec does not look into raw values; 50 ns for 1 kB of ASCII
+        str(raw, "utf-8")  # msgspec does not look into raw values
         fields = _decode(raw)
     except UnicodeDecodeError as error:
         raise ServeError("invalid_json", f"The body is not UTF-8 (at byte {error.start}).") from None

@@ -275,7 +275,7 @@ class ClientConnection(asyncio.Protocol):
             keys = self._state.keys
             if keys.version == 0:
                 raise ServeError("no_ready_engine", "The gateway has not got its keys yet.", retry_after=2)
-            # The same credential again on the same connection, under the same snapshot: 3 of 7 us of a head saved.
+            # The same credential again on the same connection, under the same snapshot: no digest anew.
             presented = head.get(b"authorization"), head.get(b"x-api-key")
             wall = self._state.wall()
             if presented == self._presented and keys is self._presented_to and wall < self._key_until:
