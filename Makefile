@@ -39,7 +39,8 @@ test-vllm:  ## the tests against the real vLLM on this machine's CPU
 	@$(DEV); $(ENGINE); exec $(IN)/pytest -m vllm tests/vllm $(ARGS)
 
 soak:  ## the long tests: minutes to hours
-	@$(DEV); $(ENGINE); exec $(IN)/pytest -m soak $(ARGS)
+	@$(DEV); $(ENGINE); $(IN)/pytest -m soak $(ARGS); \
+	exec $(IN)/pytest tests/property --hypothesis-profile=soak --timeout=1800
 
 bench:  ## the gateway's cost per request and event, measured on this machine
 	@$(DEV); exec $(IN)/python tests/bench/overhead.py $(ARGS)

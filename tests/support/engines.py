@@ -116,6 +116,11 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+def _last_lines(path: Path, count: int, width: int = 240) -> str:
+    lines = path.read_text(errors="replace").splitlines()[-count:]
+    return "\n".join(line if len(line) <= width else f"{line[:width]} …" for line in lines)
+
+
 @dataclass
 class Engine:
     """One engine's own HTTP surface, past the gateway."""
@@ -171,10 +176,9 @@ class Stack:
             )  # fmt: skip
 
     def log(self) -> str:
-        text = (self.folder / "terminal.log").read_text(errors="replace")
-        for path in sorted((self.data / "log").glob("engine-*.log")):
-            text += f"\n--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:])
-        return text
+        """The last lines of its terminal and of each engine, cut to what a failure's report can hold."""
+        logs = [self.folder / "terminal.log", *sorted((self.data / "log").glob("engine-*.log"))]
+        return "\n".join(f"--- {path.name}\n{_last_lines(path, 40 if path is logs[0] else 15)}" for path in logs)
 
     def status(self) -> dict[str, Any]:
         """The supervisor's answer; an empty mapping while it does not answer."""

@@ -1,0 +1,8 @@
+"""Hypothesis: the same examples every time in `make test`, new and more of them in `make soak`."""
+
+from hypothesis import settings
+
+# No deadline: it is wall-clock time, and a busy machine's pause is not a defect.
+settings.register_profile("test", deadline=None, derandomize=True)
+settings.register_profile("soak", deadline=None, max_examples=2000, print_blob=True)
+settings.load_profile("test")
