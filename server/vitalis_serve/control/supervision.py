@@ -16,7 +16,7 @@ from vitalis_serve.supervise.commands import NotRunning, request
 
 logger = logging.getLogger(__name__)
 
-_HEARTBEAT_SECONDS: Final = 0.5
+_HEARTBEAT_SECONDS: Final = 1.0
 
 
 class Supervision:

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from typing import Final
 
 import msgspec
@@ -52,21 +53,27 @@ class AccessLog:
         self._path = path
         self._flush_seconds = flush_seconds
         self._max_bytes = max_bytes
-        self._waiting: list[Record] = []
+        self._waiting: deque[Record] = deque()
         self._stop = threading.Event()
+        self._begun = threading.Event()  # a first record waits: the thread of an idle worker sleeps
+        self._awake = False
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         if self.enabled:
             self._thread.start()
 
     def add(self, record: Record) -> None:
-        if len(self._waiting) < MAX_WAITING:
-            self._waiting.append(record)
-        else:
+        if len(self._waiting) >= MAX_WAITING:
             self.dropped += 1
+            return
+        self._waiting.append(record)
+        if not self._awake:  # after the append, as the thread sleeps before it counts
+            self._awake = True
+            self._begun.set()
 
     def close(self) -> None:
         """Writes what waits, at most two seconds long (a disk that hangs must not keep a worker)."""
         self._stop.set()
+        self._begun.set()
         if self.enabled:
             self._thread.join(2.0)
 
@@ -74,15 +81,17 @@ class AccessLog:
         encode = msgspec.json.Encoder().encode
         stopping = False
         while not stopping:
+            self._begun.wait()
+            self._begun.clear()
             stopping = self._stop.wait(self._flush_seconds)
-            if not self._waiting:
-                continue
-            batch, self._waiting = self._waiting, []
+            self._awake = False
+            left = len(self._waiting)
             # The thread that encodes takes the interpreter from the event loop: a pause every few hundred
             # records keeps what a request waits for it below a millisecond.
-            for start in range(0, len(batch), 256):
-                part = batch[start : start + 256]
-                self._write(b"".join(encode(record) + b"\n" for record in part), len(part))
+            while left:
+                count = min(left, 256)
+                self._write(b"".join(encode(self._waiting.popleft()) + b"\n" for _ in range(count)), count)
+                left -= count
                 time.sleep(0)
 
     def _write(self, lines: bytes, records: int) -> None:

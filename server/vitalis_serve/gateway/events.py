@@ -102,6 +102,12 @@ def given_up(body: bytes, dialect: str) -> bool:
     return (NO_TOKENS if dialect in ("responses", "messages") else ABORTED) in body
 
 
+def notable(raw: bytes) -> bool:
+    """Whether whole events may hold what must not pass unseen: usage, or an error inside a 200. `rfind`, for `in`
+    first tries its left side as a number, and forgets the exception: 0.46 us against 0.19."""
+    return raw.rfind(USAGE) >= 0 or raw.rfind(b'"error"') >= 0
+
+
 def find_error(payload: bytes, dialect: str) -> int:
     """Where the engine's own error event begins, -1 where there is none. Text of an answer cannot be mistaken for
     one: JSON escapes the line break before it."""

@@ -15,7 +15,7 @@ import msgspec
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS: Final = 0.5
+HEARTBEAT_SECONDS: Final = 1.0  # the supervisor gives up after five
 RECONNECT_SECONDS: Final = 0.5
 _MAX_LINE: Final = 64 << 20  # a snapshot of all keys is one line
 

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # A busy engine's accept queue is full: on a Unix socket connect says EAGAIN, which is saturation, not death.
 _AGAIN_SECONDS: Final = 0.005
 MAX_HEAD_BYTES: Final = 65_536
+# Sizes as a chunk's first line writes them, of the chunks that bear an event or a few.
+_CHUNK_SIZES: Final = {b"%x" % size: size for size in range(1, 4096)}
 
 
 class EngineConnection(asyncio.Protocol):
@@ -84,6 +86,13 @@ class EngineConnection(asyncio.Protocol):
             self.close()  # bytes nobody asked for: whatever they are, no answer of ours may follow them
             return
         try:
+            # One whole chunk of whole events, between two others: the parser would end in the state that it is in,
+            # so it is not asked. Saves a fifth of an event's cost outside the kernel.
+            if self._boundary and relay.passing:
+                line = data.find(b"\r\n", 0, 5)
+                if _CHUNK_SIZES.get(data[:line]) == len(data) - line - 4 and data.endswith(b"\n\n\r\n"):
+                    relay.on_engine_chunk(data, line + 2)
+                    return
             self._received(relay, data)
         except Exception:
             logger.exception("a relay failed", extra={"request_id": relay.request_id.decode("latin-1")})

@@ -70,6 +70,7 @@ class Relay:
         "linger",
         "method",
         "model",
+        "passing",
         "path",
         "phase",
         "queued_at",
@@ -99,6 +100,7 @@ class Relay:
         self.refusal: ServeError | None = None
         self.body_bytes = 0
         self.held_body_bytes = 0
+        self.passing = False  # an event stream is relayed in the framing it comes in: whole chunks may pass untouched
         self.linger = False  # answered before the request was whole: the client gets time to read it
         self.stream = False
         self.status = 0
@@ -286,19 +288,9 @@ class Relay:
         """Body bytes of one read. `raw`: the read itself where it is whole chunks of whole events."""
         if self.phase == RELAYING:
             self._fresh = True
-            if (
-                raw is not None
-                and not self._tail
-                and not self.http_1_0
-                and self.stream
-                and events.USAGE not in raw
-                and b'"error"' not in raw
-            ):
-                self._last = raw
-                self.bytes_out += len(raw)
-                self.client.write(raw)
-                return
-            if self.stream:
+            if raw is not None and self.passing and not self._tail and not events.notable(raw):
+                self._pass(raw)
+            elif self.stream:
                 self._relay_events(payload)
             else:
                 self._write_body(payload)
@@ -314,6 +306,19 @@ class Relay:
             self._relay_head(connection.content_type, connection.content_length)
             held, self._held = self._held, b""
             self._write_body(held)
+
+    def on_engine_chunk(self, raw: bytes, start: int) -> None:
+        """One whole chunk of whole events, while `passing`; its payload begins at `start`."""
+        self._fresh = True
+        if self._tail or events.notable(raw):
+            self._relay_events(raw[start:-2])
+        else:
+            self._pass(raw)
+
+    def _pass(self, raw: bytes) -> None:
+        self._last = raw
+        self.bytes_out += len(raw)
+        self.client.write(raw)
 
     def on_engine_end(self, payload: bytes, status: int, content_type: bytes) -> None:
         """The engine's answer is whole and its connection back in the pool; so is the slot, however slow the
@@ -425,6 +430,7 @@ class Relay:
             self._chunked = True
         if self.stream:
             framing += b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
+            self.passing = self._chunked
         self._write(self._head_lines(200, content_type, now) + framing + b"\r\n")
 
     def _head_lines(self, status: int, content_type: bytes, now: float) -> bytes:

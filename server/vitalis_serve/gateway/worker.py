@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import msgspec
@@ -37,6 +38,23 @@ _SUSPECT_SECONDS: Final = 0.2  # at most one word about the same replica in this
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        """Accepts nothing more; connections in use end with their requests."""
+        self.should_exit = True
+        self._leaving.set()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._leaving.set()
+
+    async def main_loop(self) -> None:
+        """uvicorn's wakes ten times a second to look whether it should end; this one is told."""
+        await self._leaving.wait()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's own raises the signal again when all is served: the worker would die of it before its last
@@ -115,7 +133,7 @@ class Worker:
     def drain(self, seconds: float) -> None:
         """Accepts nothing more; what runs may finish for `seconds`, then it is properly ended."""
         self.state.draining = True
-        self.server.should_exit = True
+        self.server.leave()
         if self._drain is None:
             self._drain = self._loop.call_later(seconds, self._end_all)
 
