@@ -216,7 +216,7 @@ def _supervisor_options(
     workers = []
     for index in range(settings.gateway.workers):
         name = f"worker-{index}"
-        file = _write(place_.run / f"{name}.json", _worker_options(settings, place_, name, upstream_idle_seconds))
+        file = _write(place_.run / f"{name}.json", _worker_options(settings, place_, index, upstream_idle_seconds))
         argv = (sys.executable, "-m", "vitalis_serve.gateway.worker", str(file))
         workers.append(AttendantSpec(name, "worker", argv, dict(os.environ)))
     return SupervisorOptions(
@@ -239,10 +239,10 @@ def _supervisor_options(
     )
 
 
-def _worker_options(settings: Settings, place_: Place, name: str, upstream_idle_seconds: float) -> WorkerOptions:
+def _worker_options(settings: Settings, place_: Place, index: int, upstream_idle_seconds: float) -> WorkerOptions:
     gateway_, deadlines = settings.gateway, settings.gateway.deadlines
     return WorkerOptions(
-        name=name,
+        name=f"worker-{index}",
         snapshot_path=str(place_.data / "snapshot.json"),
         control_socket=str(place_.run / "control.sock"),
         access_log_path=str(place_.log / "access.jsonl") if gateway_.access_log else "",
@@ -255,6 +255,9 @@ def _worker_options(settings: Settings, place_: Place, name: str, upstream_idle_
         keepalive_seconds=gateway_.keepalive_seconds,
         queue_requests=gateway_.queue.max_requests,
         queue_seconds=gateway_.queue.max_seconds,
+        overload_seconds=gateway_.queue.overload_seconds,
+        reserved_share=gateway_.queue.reserved_share,
+        routing=gateway_.routing,
         connect_seconds=deadlines.connect_seconds,
         first_token_seconds=deadlines.first_token_seconds,
         idle_seconds=deadlines.idle_seconds,
@@ -262,6 +265,7 @@ def _worker_options(settings: Settings, place_: Place, name: str, upstream_idle_
         total_seconds=deadlines.total_seconds,
         upstream_idle_seconds=upstream_idle_seconds,
         workers=gateway_.workers,
+        worker=index,
     )
 
 
@@ -276,8 +280,15 @@ def _control_options(settings: Settings, place_: Place) -> ControlOptions:
         host=settings.control.host,
         port=settings.control.port,
         workers=settings.gateway.workers,
-        routes=tuple(RouteOptions(r.name, r.model or settings.model.name) for r in settings.routes),
+        cache_secret_path=str(place_.data / "cache.secret"),
+        routes=tuple(_route_options(route, settings) for route in settings.routes),
+        cache_groups={group: tuple(tenants) for group, tenants in settings.cache_groups.items()},
     )
+
+
+def _route_options(route: Route, settings: Settings) -> RouteOptions:
+    policy = route.model_dump(mode="json", exclude_defaults=True, exclude={"name", "model"})
+    return RouteOptions(route.name, route.model or settings.model.name, policy)
 
 
 def _write(path: Path, options: msgspec.Struct) -> Path:
@@ -313,7 +324,9 @@ class EngineProber:
 
     async def look(self, deadline: float) -> Sight:
         seen = await probe.progress(self.address, deadline)
-        return Sight(seen.healthy, seen.running, seen.counters, seen.refused, seen.reason)
+        return Sight(
+            seen.healthy, seen.running, seen.counters, seen.refused, seen.reason, kv_tokens=seen.kv_cache_tokens or 0
+        )
 
 
 def _policy(settings: Settings, *, owned: bool) -> Policy:

@@ -26,7 +26,7 @@ class Metric:
 WORKER_METRICS: Final = (
     Metric("vitalis_requests_total", "counter", "Requests ended, by how.", ("route", "outcome", "code")),
     Metric("vitalis_in_flight", "gauge", "Requests that hold a slot."),
-    Metric("vitalis_queued", "gauge", "Requests that wait for a slot."),
+    Metric("vitalis_queued", "gauge", "Requests that wait for a slot.", ("class",)),
     Metric("vitalis_open_contexts", "gauge", "Request contexts not yet released; 0 when idle, or something leaks."),
     Metric("vitalis_client_connections", "gauge", "Open client connections."),
     Metric("vitalis_upstream_connections", "gauge", "Engine connections by replica and state.", ("replica", "state")),

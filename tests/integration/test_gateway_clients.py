@@ -225,9 +225,9 @@ def test_what_reaches_the_engine(stage: Stage) -> None:
     gateway.wait_until(lambda: any(r["x-request-id"] == name for r in stage.engine.log()))
     record = next(r for r in stage.engine.log() if r["x-request-id"] == name)
     assert set(record["headers"]) == {
-        "host", "content-type", "content-length", "x-request-id", "anthropic-version", "traceparent",
+        "host", "content-type", "content-length", "x-request-id", "x-vllm-priority", "anthropic-version", "traceparent",
     }  # fmt: skip
-    assert record["x-vllm-priority"] is None
+    assert record["x-vllm-priority"] == "20", "the class's, not the client's"
     assert "user" in record["fields"]
     assert not {"priority", "cache_salt", "request_id"} & set(record["fields"])
 

@@ -9,7 +9,7 @@ if __name__ == "__main__":  # pytest brings its own path
     ROOT = Path(__file__).parents[2]
     sys.path[:0] = [str(ROOT), str(ROOT / "server"), str(ROOT / "loadtests")]
 
-from vitalis_serve.gateway.fair_admission import AdmissionOptions, ClassLimits
+from vitalis_serve.gateway.admission import AdmissionOptions, ClassLimits
 from vitalis_serve.gateway.seats import CLASSES, cost
 
 from tests.simulation.world import CAPACITY, Draw, Request, World, goodput, in_window, jain, quantile, ttft_p99

@@ -4,7 +4,7 @@
 """
 
 import pytest
-from vitalis_serve.gateway.fair_admission import AdmissionOptions
+from vitalis_serve.gateway.admission import AdmissionOptions
 
 from tests.simulation import figures
 

@@ -15,7 +15,7 @@ from simulator.options import Options
 from simulator.schedule import Schedule, Sequence
 from vitalis_serve.errors import ServeError
 from vitalis_serve.fleet import Fleet, Replica, ReplicaState
-from vitalis_serve.gateway.fair_admission import Admission, AdmissionOptions
+from vitalis_serve.gateway.admission import Admission, AdmissionOptions
 from vitalis_serve.gateway.routing import policy
 from vitalis_serve.gateway.seats import CLASSES, Demand, cost
 

@@ -16,9 +16,9 @@ from simulator.answers import chat_layout, completion_layout, content_text
 
 from tests.support import client
 from tests.support.client import Event, Head, Response, Wire
-from tests.support.worker import KEY, MODEL, WorkerProcess
+from tests.support.worker import KEY, MODEL, SESSION, WorkerProcess
 
-AUTH = {"authorization": f"Bearer {KEY}"}
+AUTH = {"authorization": f"Bearer {KEY}", "x-session-id": SESSION}
 TOKENS = 24
 PATHS = {
     "chat": "/v1/chat/completions",

@@ -20,6 +20,10 @@ from vitalis_serve.gateway.options import WorkerOptions
 SERVER = Path(__file__).resolve().parents[2] / "server"
 KEY = "vts_testkey00000_0123456789abcdefghijklmnopqrstuv"
 MODEL = "gpt-oss-20b"
+# A session that is at home on engine-0, then engine-1, then engine-2 (tests/unit/gateway/test_routing.py says so).
+SESSION = "home-599"
+# For it engine-0 first, and every slot for every class: what most tests are about is something else.
+PREDICTABLE = {"routing": "session", "reserved_share": 0.0, "overload_seconds": 0.0}
 
 
 def snapshot(version: int = 1, keys: list[dict[str, Any]] | None = None, routes: dict[str, str] | None = None) -> bytes:
@@ -56,7 +60,7 @@ class WorkerProcess:
             snapshot_path=str(self.folder / "snapshot.json"),
             control_socket=str(self.folder / "control.sock"),
             access_log_path=str(self.access_log),
-            **self._options,
+            **PREDICTABLE | self._options,
         )
         path = self.folder / "worker-0.json"
         path.write_bytes(msgspec.json.encode(document))

@@ -1,191 +1,547 @@
-"""Permission to run: slots per replica, and a bounded first-come queue before them. Pure.
+"""Permission to run: three caps per replica, and before them a bounded queue that is fair to tenants. Pure.
 
-How it works: `enter` grants a slot on the replica with the least outstanding requests, or queues the waiter, or
-refuses. `leave` gives a slot back and hands it to the first waiter that can use it. Every change returns the
-grants that follow from it; the caller acts on them. A waiter is any object; it is in exactly one place: granted
-(the caller's), queued (here), or gone.
+How it works: `enter` grants a seat that the routing policy chose, or queues the waiter, or refuses. Whatever gives
+room back (`leave`, `first_token`, `forget`, `update`, `tick`) returns the grants that follow from it; the caller
+acts on them. A waiter is anything hashable (an object in one process, an id across a socket) and is in exactly one
+place: granted, queued, or gone.
+
+    caps      per replica: requests (slots), KV tokens, and prompt tokens without a first token yet.
+    classes   emergency first, with a share of every cap for itself; the others in strict order. One grant in
+              AGED_EVERY goes to whoever has waited longest, if that is too long, whatever its class and tenant.
+    tenants   inside a class (`fairness.py`) the tenant with the least weighted tokens comes first.
+    room      given back on one replica is offered for that replica only: nobody else could use what did not
+              change. Heads of the queue that do not fit are passed over by those behind them; after `bypasses`
+              times or `bypass_seconds` the replica is held for them until they fit.
+    bounds    per class by count, bytes and patience. A full queue sheds the newest waiter of the tenant that has
+              most there, if that is another than the one who comes.
 """
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from vitalis_serve.errors import ServeError
-from vitalis_serve.fleet import TAKES_REQUESTS, Fleet, Replica
+from vitalis_serve.fleet import TAKES_REQUESTS, Fleet
+from vitalis_serve.gateway.fairness import ClassQueue, Waiting
+from vitalis_serve.gateway.pace import DrainRate, PrefillRate
+from vitalis_serve.gateway.routing import Decision, Explanation, Policy, explain, policy
+from vitalis_serve.gateway.seats import CLASSES, EMERGENCY, Demand, Seat, cost
 
-
-@dataclass(slots=True)
-class Seat:
-    """One replica as this worker uses it. `slots` is this worker's share."""
-
-    replica: Replica
-    slots: int
-    in_flight: int = 0
-    takes: bool = False
-    models: frozenset[str] = frozenset()
+AGED_EVERY: Final = 8
+LOOK_AHEAD: Final = 16  # waiters looked at before giving up on a replica's room
+LOOK_DEEPER: Final = 4  # waiters of one tenant looked at: its own small ones pass its large one
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class ClassLimits:
+    """A class's queue: at most so many, so many bytes, nobody longer than `queue_seconds`.
+
+    `overload_seconds`: once the queue has not been empty for `standing_seconds`, nobody waits longer than this. A
+    burst is waited out, a lasting overload is refused early enough for the rest to be answered in time. 0: off.
+    """
+
+    queue_requests: int = 1024
+    queue_bytes: int = 64 << 20
+    queue_seconds: float = 30.0
+    overload_seconds: float = 0.0
+    standing_seconds: float = 5.0
+
+
+def default_classes() -> dict[str, ClassLimits]:
+    """Who talks to a person is answered in time or told when to come back; batch would rather wait."""
+    in_time = ClassLimits(overload_seconds=1.0)
+    return {
+        "emergency": ClassLimits(),
+        "interactive": in_time,
+        "standard": in_time,
+        "batch": ClassLimits(queue_seconds=55.0),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionOptions:
+    """prefill_seconds: the time to first token that prefill in the engine may cost; with the measured rate it
+    makes the prefill cap where the fleet does not say one."""
+
+    classes: Mapping[str, ClassLimits] = field(default_factory=default_classes)
+    reserved: float = 0.1
+    burst_tokens: float = 30_000
+    headroom: float = 0.2
+    active_seconds: float = 10.0
+    ageing_seconds: float = 10.0
+    bypasses: int = 16
+    bypass_seconds: float = 1.0
+    locality_passes: int = 8
+    prefill_seconds: float = 0.5
+    prefill_tokens_per_second: float = 10_000  # until it is measured
+
+
+class Grant(msgspec.Struct, frozen=True):
     waiter: Any
     seat: Seat
+    reason: str = ""
 
 
-@dataclass(slots=True)
-class _Waiting:
-    model: str
-    deadline: float
-    excluded: frozenset[str] = field(default_factory=frozenset)
+class Entered(msgspec.Struct, frozen=True):
+    """What became of a waiter that entered: a seat, or (None) queued. `grants` and `shed` are other waiters'."""
+
+    seat: Seat | None
+    decision: Decision | None = None
+    grants: tuple[Grant, ...] = ()
+    shed: tuple[Any, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Holding:
+    demand: Demand
+    seat: Seat
+    prefill: int
+    order: int
+
+
+@dataclass(slots=True, eq=False)
+class _Tenant:
+    """What a tenant holds in one class, and when it last asked."""
+
+    weight: float
+    seen: float
+    in_flight: int = 0
 
 
 class Admission:
-    def __init__(self, *, queue_requests: int, queue_seconds: float, workers: int = 1) -> None:
-        self._limit = queue_requests
-        self._patience = queue_seconds
-        self._workers = workers
+    """`share`: this gateway's part of every cap, where several gateways (or workers) serve one fleet."""
+
+    def __init__(
+        self, options: AdmissionOptions | None = None, *, routing: Policy | None = None, share: float = 1.0
+    ) -> None:
+        self._options = options or AdmissionOptions()
+        self.routing = routing or policy("affinity")
+        self._share = share
+        self._fleet = Fleet()
         self._seats: dict[str, Seat] = {}
-        self._queue: OrderedDict[Any, _Waiting] = OrderedDict()
-        self._queued_models: Counter[str] = Counter()  # how many wait for each; never 0
-        self._left = 0  # slots given back since `_rate_since`
-        self._rate_since = 0.0
-        self._rate = 0.0  # slots given back per second, smoothed
+        self._holdings: dict[Any, _Holding] = {}
+        limits = self._options.classes
+        self._classes = {
+            name: ClassQueue(rank, limits.get(name, ClassLimits()), self._options.burst_tokens)
+            for rank, name in enumerate(CLASSES)
+        }
+        self._emergency = self._classes[EMERGENCY]
+        self._ordinary = [self._classes[name] for name in CLASSES[1:]]
+        self._waiting: dict[Any, Waiting] = {}
+        self._deadlines: list[tuple[float, int, Any]] = []
+        self._silent: list[tuple[float, int, Any]] = []  # not streamed: when their prefill must be over
+        self._arrivals = 0
+        self._since_aged = 0
+        self._tenants: dict[tuple[str, str], _Tenant] = {}
+        self._weights = dict.fromkeys(CLASSES, 0.0)
+        self._ordinary_slots = 0
+        self._drain = DrainRate()
+        self._rates: dict[str, PrefillRate] = {}
+
+    # -- what there is
 
     @property
     def queued(self) -> int:
-        return len(self._queue)
+        return len(self._waiting)
 
     @property
     def in_flight(self) -> int:
         return sum(seat.in_flight for seat in self._seats.values())
 
+    def queued_by_class(self) -> dict[str, int]:
+        return {name: queue.count for name, queue in self._classes.items()}
+
     def seats(self) -> Iterator[Seat]:
         yield from self._seats.values()
 
-    def update(self, fleet: Fleet) -> list[Grant]:
-        """Takes over a new fleet. A restarted replica starts from an empty seat: its old requests are lost with
-        the old process, and each still gives back the seat object that it was granted."""
+    def explain(self, demand: Demand) -> Explanation:
+        return explain(self.routing, demand)
+
+    # -- the fleet
+
+    def update(self, fleet: Fleet, now: float, share: float | None = None) -> list[Grant]:
+        """Takes over a new fleet, a new share, or both. A restarted replica starts from an empty seat: its old
+        requests are lost with the old process, and each still gives back the seat that it was granted."""
+        if share is not None:
+            self._share = share
+        self._fleet = fleet
+        self._let_go()
         seats: dict[str, Seat] = {}
         for replica in fleet.replicas:
             seat = self._seats.get(replica.name)
             if seat is None or seat.replica.incarnation != replica.incarnation:
-                seat = Seat(replica, 0)
+                seat = Seat(replica)
+                self._rates[replica.name] = PrefillRate(self._options.prefill_tokens_per_second)
             seat.replica = replica
-            seat.slots = max(1, replica.slots // self._workers)
             seat.takes = replica.state in TAKES_REQUESTS
             seat.models = frozenset(replica.models)
             seats[replica.name] = seat
+            self._limit(seat)
         self._seats = seats
-        return self._serve_queue()
+        before, self._ordinary_slots = (
+            self._ordinary_slots,
+            sum(seat.ordinary_slots for seat in seats.values() if seat.takes),
+        )
+        self._rates = {name: self._rates[name] for name in seats}
+        if before:
+            self._drain.scale(self._ordinary_slots / before)
+        self.routing.update(list(seats.values()))
+        return self._serve_all(now)
 
-    def enter(self, waiter: Any, model: str, now: float, excluded: frozenset[str] = frozenset()) -> Seat | None:
-        """A seat (its slot taken), or None: queued until `now + queue_seconds`.
+    def set_breaker(self, replica: str, now: float, *, is_open: bool) -> list[Grant]:
+        """An open breaker keeps new requests away; the home of their keys does not move."""
+        seat = self._seats.get(replica)
+        if seat is None:
+            return []
+        seat.open = not is_open
+        return [] if is_open else self._serve(seat, now)
+
+    # -- coming
+
+    def enter(self, demand: Demand, now: float, jitter: float = 0.0) -> Entered:
+        """Grants, queues (`Entered.seat` is None), or refuses. `jitter`: 0 to 1, drawn anew for each call.
 
         ServeError no_ready_engine where no replica that takes requests holds the model, queue_full."""
-        if not self._queue and (seat := self._choose(model, excluded)) is not None:
-            seat.in_flight += 1
-            return seat
-        if not self._takes(model, excluded):
+        queue = self._classes[demand.class_]
+        self._note_tenant(demand, now)
+        if (
+            not self._someone_first(queue, demand)
+            and (decision := self.routing.choose(demand, self._heavy(demand))) is not None
+        ):
+            self._take(demand, decision.seat, now)
+            queue.grant_at_once(demand)
+            return Entered(decision.seat, decision)
+        assert demand.waiter not in self._waiting, "a waiter entered twice"
+        if not any(seat.serves(demand) for seat in self._seats.values()):
             raise ServeError("no_ready_engine", "No engine is ready for this model just now.", retry_after=5)
-        if self._queue and (seat := self._choose(model, excluded)) is not None and not self._wanted(seat):
-            seat.in_flight += 1
-            return seat
-        if len(self._queue) >= self._limit:
-            raise ServeError(
-                "queue_full", "All slots are taken and the queue is full.", retry_after=self.retry_after(now)
-            )
-        self._queue[waiter] = _Waiting(model, now + self._patience, excluded)
-        self._queued_models[model] += 1
-        return None
+        shed = self._make_way(queue, demand, now, jitter)
+        self._enqueue(queue, demand, now)
+        grants = self._serve_all(now) if self._may_fit(demand) else []
+        own = next((grant for grant in grants if grant.waiter == demand.waiter), None)
+        if own is None:
+            return Entered(None, None, tuple(grants), shed)
+        others = tuple(grant for grant in grants if grant is not own)
+        return Entered(own.seat, Decision(own.seat, own.reason), others, shed)
 
-    def leave(self, seat: Seat, now: float) -> list[Grant]:
-        """Gives one slot back, exactly once per grant."""
-        seat.in_flight -= 1
-        assert seat.in_flight >= 0, "a slot was given back twice"
-        self._left += 1
-        if now - self._rate_since >= 1.0:
-            rate = self._left / (now - self._rate_since)
-            self._rate = rate if self._rate == 0.0 else 0.7 * self._rate + 0.3 * rate
-            self._left, self._rate_since = 0, now
-        return self._serve_queue() if self._queue else _NONE
+    # -- going
+
+    def first_token(self, waiter: Any, now: float) -> list[Grant]:
+        """Its prefill is over: the prompt's tokens no longer count against the prefill cap."""
+        holding = self._holdings.get(waiter)
+        if holding is None or not holding.prefill:
+            return []
+        tokens, holding.prefill = holding.prefill, 0
+        seat = holding.seat
+        seat.prefill -= tokens
+        if self._seats.get(seat.replica.name) is not seat:
+            return []
+        if self._rates[seat.replica.name].ended(tokens, seat.prefill, now):
+            self._limit(seat)
+        return self._serve(seat, now) if self._waiting else []
+
+    def leave(self, waiter: Any, now: float) -> list[Grant]:
+        """Gives everything of one grant back, exactly once."""
+        holding = self._holdings.pop(waiter, None)
+        assert holding is not None, "a slot was given back twice"
+        seat = self._give_back(holding, now)
+        self._drain.left(now, saturated=bool(self._waiting))
+        return self._serve(seat, now) if self._waiting else []
+
+    def forget(self, owner: str, now: float) -> list[Grant]:
+        """A worker died: all its waiters leave, queued and granted ones."""
+        for waiting in [w for w in self._waiting.values() if w.demand.owner == owner]:
+            self._take_out(waiting)
+        for waiter in [waiter for waiter, holding in self._holdings.items() if holding.demand.owner == owner]:
+            self._give_back(self._holdings.pop(waiter), now)
+        return self._serve_all(now)
 
     def withdraw(self, waiter: Any) -> bool:
         """Takes a waiter out of the queue; False where it was not in it."""
-        return self._remove(waiter)
+        waiting = self._waiting.get(waiter)
+        if waiting is None:
+            return False
+        self._take_out(waiting)
+        return True
+
+    def settle(self, tenant: str, class_: str, estimated: int, actual: int, weight: float = 1.0) -> None:
+        """Corrects what the fair queue charged, once usage is known. Both in weighted tokens (`seats.cost`)."""
+        self._classes[class_].settle(tenant, (actual - estimated) / weight)
+
+    def tick(self, now: float) -> list[Grant]:
+        """What time alone brings. Prefill of answers that are not streamed is taken to be over, tenants that went
+        away give up their share, and room that a waiter left unused by leaving is offered again. Call it every
+        0.1 s or so; without it nothing is lost but pace."""
+        self._forget_tenants(now)
+        while self._silent and self._silent[0][0] <= now:
+            _, order, waiter = heapq.heappop(self._silent)
+            holding = self._holdings.get(waiter)
+            if holding is not None and holding.prefill and holding.order == order:
+                holding.seat.prefill -= holding.prefill
+                holding.prefill = 0
+        return self._serve_all(now)
 
     def expired(self, now: float) -> list[Any]:
-        """Takes out and returns the waiters whose patience has run out."""
+        """Takes out and returns the waiters whose deadline or patience has run out."""
         late = []
-        for waiter, waiting in self._queue.items():  # first come, first to expire
-            if waiting.deadline > now:
-                break
-            late.append(waiter)
-        for waiter in late:
-            self._remove(waiter)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, order, waiter = heapq.heappop(self._deadlines)
+            waiting = self._waiting.get(waiter)
+            if waiting is not None and waiting.order == order:
+                self._take_out(waiting)
+                late.append(waiter)
+        for queue in self._classes.values():
+            for waiting in queue.overdue(now):
+                self._take_out(waiting)
+                late.append(waiting.demand.waiter)
         return late
 
     def stranded(self) -> list[Any]:
-        """Takes out and returns the waiters for whom nothing takes requests any more: no replica holds their
-        model, or only such as they have tried already."""
-        gone = [w for w, waiting in self._queue.items() if not self._takes(waiting.model, waiting.excluded)]
-        for waiter in gone:
-            self._remove(waiter)
-        return gone
+        """Takes out and returns the waiters that nothing which takes requests could serve any more."""
+        seats = self._seats.values()
+        gone = [w for w in self._waiting.values() if not any(seat.serves(w.demand) for seat in seats)]
+        for waiting in gone:
+            self._take_out(waiting)
+        return [waiting.demand.waiter for waiting in gone]
 
-    def retry_after(self, now: float) -> float:
-        """Seconds until the queue as it stands will have drained at the rate of the last seconds; 1 to 60."""
-        elapsed = max(now - self._rate_since, 1.0)
-        rate = max(self._rate, self._left / elapsed, 0.02)
-        return max(1.0, min(60.0, (len(self._queue) + 1) / rate))
+    def retry_after(self, class_: str, now: float, jitter: float = 0.0) -> float:
+        """Seconds until the queue will have room for one more of this class; 1 to 60.
 
-    def _choose(self, model: str, excluded: frozenset[str]) -> Seat | None:
-        """The seat with the least outstanding requests that has a slot free."""
-        best: Seat | None = None
+        Everyone who is told to come back gets a turn of its own: turns follow each other at the measured rate,
+        behind those that wait, so that those who obey do not all meet again. `jitter` (0 to 1) adds up to 10 %."""
+        rank = CLASSES.index(class_)
+        ahead = sum(self._classes[name].count for name in CLASSES[: rank + 1])
+        return self._drain.turn(rank, ahead, now, jitter)
+
+    # -- inside
+
+    def _limit(self, seat: Seat) -> None:
+        replica, share, ordinary = seat.replica, self._share, 1.0 - self._options.reserved
+        seat.slots = max(1, int(replica.slots * share))
+        kept = max(1, round(seat.slots * self._options.reserved)) if self._options.reserved > 0 else 0
+        seat.ordinary_slots = max(1, seat.slots - kept)
+        seat.common_slots = max(1, seat.ordinary_slots - int(seat.slots * self._options.headroom))
+        seat.kv_limit = int(replica.kv_tokens * share)
+        seat.ordinary_kv = int(seat.kv_limit * ordinary)
+        if replica.prefill_tokens:
+            seat.prefill_limit = int(replica.prefill_tokens * share)
+        else:  # what is measured is this gateway's own part already
+            seat.prefill_limit = int(self._rates[replica.name].rate * self._options.prefill_seconds)
+        seat.ordinary_prefill = int(seat.prefill_limit * ordinary)
+
+    def _someone_first(self, queue: ClassQueue, demand: Demand) -> bool:
+        if not self._waiting:
+            return False
+        if queue is self._emergency:
+            return bool(queue.count)
+        return len(self._waiting) > self._emergency.count or self._emergency.waits_for(demand.model)
+
+    def _may_fit(self, demand: Demand) -> bool:
+        heavy = self._heavy(demand)
+        return any(not seat.lacks(demand, heavy) for seat in self._seats.values())
+
+    def _note_tenant(self, demand: Demand, now: float) -> None:
+        key = (demand.class_, demand.tenant)
+        tenant = self._tenants.get(key)
+        if tenant is None:
+            tenant = self._tenants[key] = _Tenant(demand.weight, now)
+            self._weights[demand.class_] += demand.weight
+        tenant.seen = now
+
+    def _forget_tenants(self, now: float) -> None:
+        """Who has nothing here and did not ask for a while has no share: the others may use it."""
+        before = now - self._options.active_seconds
+        for key, tenant in list(self._tenants.items()):
+            if not tenant.in_flight and tenant.seen < before and not self._classes[key[0]].waits(key[1]):
+                del self._tenants[key]
+                self._weights[key[0]] -= tenant.weight
+
+    def _heavy(self, demand: Demand) -> bool:
+        """Whether its tenant has its share of the slots already, and lately had it of the tokens too.
+
+        Shares are among those who asked within `active_seconds` in this class or a more urgent one."""
+        tenant = self._tenants[demand.class_, demand.tenant]
+        if tenant.in_flight < 1 or demand.class_ == EMERGENCY:
+            return False
+        queue = self._classes[demand.class_]
+        rivals = sum(self._weights[name] for name in CLASSES[1 : queue.rank + 1])
+        if rivals <= tenant.weight or tenant.in_flight < self._ordinary_slots * tenant.weight / rivals:
+            return False
+        return not queue.in_credit(demand.tenant)
+
+    def _take(self, demand: Demand, seat: Seat, now: float) -> None:
+        waiter = demand.waiter
+        assert waiter not in self._holdings, "a waiter entered while it holds a slot"
+        self._arrivals += 1
+        self._holdings[waiter] = _Holding(demand, seat, demand.prompt_tokens, self._arrivals)
+        if not seat.prefill:
+            self._rates[seat.replica.name].begun(now)
+        self._tenants[demand.class_, demand.tenant].in_flight += 1
+        seat.in_flight += 1
+        seat.kv += demand.prompt_tokens + demand.output_tokens
+        seat.prefill += demand.prompt_tokens
+        if not demand.streamed:
+            rate = self._rates[seat.replica.name].rate
+            heapq.heappush(self._silent, (now + 1.5 * seat.prefill / rate, self._arrivals, waiter))
+
+    def _give_back(self, holding: _Holding, now: float) -> Seat:
+        seat, demand = holding.seat, holding.demand
+        self._tenants[demand.class_, demand.tenant].in_flight -= 1
+        self._classes[demand.class_].ended(demand.tenant)
+        seat.in_flight -= 1
+        seat.kv -= demand.prompt_tokens + demand.output_tokens
+        seat.prefill -= holding.prefill
+        if holding.prefill and not seat.prefill and self._seats.get(seat.replica.name) is seat:
+            self._rates[seat.replica.name].ended(0, 0, now)
+        return seat
+
+    def _make_way(self, queue: ClassQueue, demand: Demand, now: float, jitter: float) -> tuple[Any, ...]:
+        """Room in the queue for one more, if need be by shedding the tenants that have most there."""
+        shed: list[Any] = []
+        while not queue.has_room(demand):
+            victim = queue.newest_of_heaviest(demand)
+            if victim is None:
+                raise ServeError(
+                    "queue_full",
+                    "All slots are taken and the queue is full.",
+                    retry_after=self.retry_after(demand.class_, now, jitter),
+                )
+            self._take_out(victim)
+            shed.append(victim.demand.waiter)
+        return tuple(shed)
+
+    def _enqueue(self, queue: ClassQueue, demand: Demand, now: float) -> None:
+        self._arrivals += 1
+        deadline = now + queue.limits.queue_seconds
+        if demand.deadline:
+            deadline = min(deadline, demand.deadline)
+        waiting = Waiting(demand, cost(demand.prompt_tokens, demand.output_tokens), now, deadline, self._arrivals)
+        self._waiting[demand.waiter] = waiting
+        queue.add(waiting, now)
+        if len(self._deadlines) > 64 + 4 * len(self._waiting):
+            self._deadlines = [(w.deadline, w.order, w.demand.waiter) for w in self._waiting.values()]
+            heapq.heapify(self._deadlines)
+        else:
+            heapq.heappush(self._deadlines, (deadline, waiting.order, demand.waiter))
+
+    def _take_out(self, waiting: Waiting) -> None:
+        demand = waiting.demand
+        self._classes[demand.class_].remove(waiting)
+        self._unlist(waiting)
+
+    def _unlist(self, waiting: Waiting) -> None:
+        del self._waiting[waiting.demand.waiter]
+        if waiting.holds is not None:
+            waiting.holds.held_for = None
+            waiting.holds = None
+
+    def _let_go(self) -> None:
+        """Nothing is held any more. Whoever it was for is passed over again, if need be, and holds it again."""
         for seat in self._seats.values():
-            if (
-                seat.takes
-                and seat.in_flight < seat.slots
-                and model in seat.models
-                and (best is None or seat.in_flight < best.in_flight)
-                and seat.replica.name not in excluded
-            ):
-                best = seat
-        return best
+            if seat.held_for is not None:
+                self._waiting[seat.held_for].holds = None
+                seat.held_for = None
 
-    def _wanted(self, seat: Seat) -> bool:
-        """Whether somebody in the queue could use this seat (and so comes first)."""
-        return any(w.model in seat.models and seat.replica.name not in w.excluded for w in self._queue.values())
+    # -- handing out
 
-    def _serve_queue(self) -> list[Grant]:
+    def _serve_all(self, now: float) -> list[Grant]:
         grants: list[Grant] = []
-        blocked: set[str] = set()
-        for waiter, waiting in self._queue.items():
-            if waiting.model in blocked:
-                continue
-            seat = self._choose(waiting.model, waiting.excluded)
-            if seat is not None:
-                seat.in_flight += 1
-                grants.append(Grant(waiter, seat))
-            elif not waiting.excluded:
-                blocked.add(waiting.model)
-                if len(blocked) == len(self._queued_models):
-                    break
-        for grant in grants:
-            self._remove(grant.waiter)
+        if self._waiting:
+            for seat in self._seats.values():
+                grants += self._serve(seat, now)
         return grants
 
-    def _takes(self, model: str, excluded: frozenset[str]) -> bool:
-        """Whether there is a replica for this, with or without a free slot."""
-        return any(s.takes and model in s.models and s.replica.name not in excluded for s in self._seats.values())
+    def _serve(self, seat: Seat, now: float) -> list[Grant]:
+        """Gives this replica's room away, as far as somebody can use it."""
+        grants: list[Grant] = []
+        if not (seat.takes and seat.open) or self._seats.get(seat.replica.name) is not seat:
+            return grants
+        while self._waiting and seat.in_flight < seat.slots:
+            waiting = self._next(seat, now)
+            if waiting is None:
+                break
+            self._classes[waiting.demand.class_].grant(waiting)
+            self._unlist(waiting)
+            self._take(waiting.demand, seat, now)
+            reason = "queued, home" if self.routing.prefers(waiting.demand, seat) else "queued, first room"
+            grants.append(Grant(waiting.demand.waiter, seat, reason))
+        return grants
 
-    def _remove(self, waiter: Any) -> bool:
-        waiting = self._queue.pop(waiter, None)
-        if waiting is None:
-            return False
-        self._queued_models[waiting.model] -= 1
-        if not self._queued_models[waiting.model]:
-            del self._queued_models[waiting.model]
-        return True
+    def _next(self, seat: Seat, now: float) -> Waiting | None:
+        blocked: list[Waiting] = []
+        if self._emergency.count and (found := self._search(self._emergency, seat, blocked)) is not None:
+            return found
+        if seat.in_flight >= seat.ordinary_slots:
+            return None
+        if seat.held_for is not None:
+            held = self._waiting[seat.held_for]
+            return None if seat.lacks(held.demand, self._heavy(held.demand)) else held
+        aged = self._aged(now)
+        found = self._search(aged, seat, blocked, by_age=True) if aged is not None else None
+        for queue in self._ordinary:
+            if found is None and queue.count:
+                found = self._search(queue, seat, blocked)
+        if found is not None:
+            self._since_aged += 1
+            self._note_bypassed(blocked, seat, now)
+        return found
 
+    def _aged(self, now: float) -> ClassQueue | None:
+        """In every AGED_EVERYth turn, the class whose oldest waiter has waited longest beyond what is usual."""
+        if self._since_aged < AGED_EVERY - 1:
+            return None
+        patience = self._options.ageing_seconds
+        late = [
+            (now - queue.oldest - patience * max(1, queue.rank - 1), queue) for queue in self._ordinary if queue.count
+        ]
+        overdue, queue = max(late, key=lambda pair: pair[0], default=(-1.0, self._emergency))
+        if overdue < 0:
+            return None
+        self._since_aged = -1
+        return queue
 
-_NONE: list[Grant] = []
+    def _search(self, queue: ClassQueue, seat: Seat, blocked: list[Waiting], *, by_age: bool = False) -> Waiting | None:
+        """The first in fair order that fits here; a little later one if it is at home here and the first is not.
+
+        Without that, a saturated fleet would send everyone to whichever replica is free first, and no prefix
+        would be found again. Those before it that do not fit are added to `blocked`."""
+        limit = 0 if queue is self._emergency or by_age else self._options.locality_passes
+        full_for_heavy = seat.in_flight >= seat.common_slots and queue is not self._emergency
+        passed: list[Waiting] = []
+        looked = skipped = 0
+        for waiting in queue.by_age(seat.models) if by_age else queue.in_order(seat.models, LOOK_DEEPER):
+            if waiting.demand.excluded and not seat.serves(waiting.demand):
+                continue  # it has nothing to do with this replica, and does not count
+            if looked >= LOOK_AHEAD or skipped >= LOOK_AHEAD:
+                break
+            if full_for_heavy and self._heavy(waiting.demand):
+                skipped += 1
+                continue
+            looked += 1
+            if seat.lacks(waiting.demand):
+                blocked.append(waiting)
+                continue
+            if self.routing.prefers(waiting.demand, seat):
+                for one in passed:
+                    one.passed += 1
+                return waiting
+            passed.append(waiting)
+            if waiting.passed >= limit:
+                break
+        return passed[0] if passed else None
+
+    def _note_bypassed(self, blocked: list[Waiting], seat: Seat, now: float) -> None:
+        """Somebody else is granted what these could not use; too often, and the replica is held for them."""
+        for waiting in blocked:
+            waiting.bypassed += 1
+            if waiting.bypassed == 1:
+                waiting.blocked_since = now
+            late = now - waiting.blocked_since >= self._options.bypass_seconds
+            if (late or waiting.bypassed >= self._options.bypasses) and waiting.holds is None:
+                self._hold(waiting, seat)
+
+    def _hold(self, waiting: Waiting, seat: Seat) -> None:
+        if waiting.demand.class_ != EMERGENCY and seat.held_for is None and seat.serves(waiting.demand):
+            seat.held_for, waiting.holds = waiting.demand.waiter, seat

@@ -1,4 +1,4 @@
-"""One class's queue: fair to tenants by weighted tokens, bounded, exact. Pure; `fair_admission.py` owns and drives it.
+"""One class's queue: fair to tenants by weighted tokens, bounded, exact. Pure; `admission.py` owns and drives it.
 
 How it works: every tenant has a tag, the weighted tokens it was granted so far over its weight; the tenant with the
 lowest tag comes first, its own requests first come first served. `_virtual` is where a tenant stands that was

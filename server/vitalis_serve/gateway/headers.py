@@ -22,6 +22,7 @@ WANTED: Final = frozenset(
         b"anthropic-version",
         b"anthropic-beta",
         b"traceparent",
+        b"x-session-id",
         b"tracestate",
     }
 )

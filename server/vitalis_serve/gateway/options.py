@@ -20,10 +20,14 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     keepalive_seconds: float = 75
     queue_requests: int = 1024
     queue_seconds: float = 30
+    overload_seconds: float = 1  # nobody waits longer once a queue has stood for seconds; 0: off
+    reserved_share: float = 0.1  # of every replica's caps, for emergency alone
+    routing: str = "affinity"  # or session, least_tokens, round_robin
     connect_seconds: float = 5
     first_token_seconds: float = 120
     idle_seconds: float = 60
     client_stalled_seconds: float = 60
     upstream_idle_seconds: float = 60  # below the engines' own keep-alive (75 s for ours; 5 s by default)
     workers: int = 1  # how many share the slots of each replica
+    worker: int = 0  # which of them this is
     total_seconds: float = 1800

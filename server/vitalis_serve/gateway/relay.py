@@ -19,12 +19,15 @@ from vitalis_serve.gateway import events, headers, replies
 from vitalis_serve.gateway.access import Record
 from vitalis_serve.gateway.body import Body
 from vitalis_serve.gateway.paths import Api
+from vitalis_serve.gateway.prefix import prefix
+from vitalis_serve.gateway.routing import affinity_key
+from vitalis_serve.gateway.seats import CLASSES, Demand, cost
 
 if TYPE_CHECKING:
-    from vitalis_serve.gateway.admission import Seat
     from vitalis_serve.gateway.keys import Key
     from vitalis_serve.gateway.pool import EngineConnection
     from vitalis_serve.gateway.protocol import ClientConnection
+    from vitalis_serve.gateway.seats import Seat
     from vitalis_serve.gateway.state import WorkerState
 
 RECEIVING, QUEUED, CONNECTING, WAITING, RELAYING, DONE = range(6)
@@ -32,6 +35,9 @@ MAX_ATTEMPTS: Final = 3
 MAX_HELD_BYTES: Final = 1 << 20  # a plain answer larger than this is relayed while it comes
 MAX_PREAMBLE_BYTES: Final = 16 << 20  # Responses repeats the whole request in its first event
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503})
+EXPECTED_OUTPUT_TOKENS: Final = 256
+# What the engine is told: lower goes first there. vLLM without priority scheduling takes no notice of it.
+PRIORITIES: Final = {class_: 10 * rank for rank, class_ in enumerate(CLASSES)}
 _EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 
 
@@ -42,8 +48,8 @@ class Relay:
         "_completion_tokens",
         "_connection",
         "_deadline",
+        "_demand",
         "_encoded",
-        "_excluded",
         "_fresh",
         "_head",
         "_held",
@@ -51,6 +57,7 @@ class Relay:
         "_idle_since",
         "_last",
         "_prompt_tokens",
+        "_reason",
         "_replica",
         "_seat",
         "_stale_retries",
@@ -110,13 +117,14 @@ class Relay:
         self.queued_seconds = 0.0
         self.first_at = 0.0
         self._encoded = b""
+        self._demand: Demand = None  # type: ignore[assignment]  # made by `start`
         self._seat: Seat | None = None
+        self._reason = ""  # why this replica
         self._replica = ""
         self._connection: EngineConnection | None = None
         self._attempt = 0
         self._tries = 0
         self._stale_retries = 0
-        self._excluded: frozenset[str] = frozenset()
         self._held = b""
         self._hide_usage = False
         self._head = 0  # bytes of `_held` already judged
@@ -149,6 +157,7 @@ class Relay:
         self.route, self.model = route.name, route.model
         self.stream, self._hide_usage = body.stream, body.hide_usage
         self._encoded = body.encode(route.model)
+        self._demand = self._asks(body)
         self._enter(now)
 
     def cancel(self, outcome: str = "client_gone", code: str = "") -> None:
@@ -188,24 +197,50 @@ class Relay:
 
     # -- admission
 
+    def _asks(self, body: Body) -> Demand:
+        """What this asks of an engine, in tokens as far as they can be told beforehand."""
+        state, key = self._state, self.key
+        assert key is not None
+        assert self.api is not None
+        affinity = session = 0
+        if len(state.fleet.replicas) > 1:  # one replica is everybody's home
+            salt = key.tenant.encode()
+            affinity = affinity_key(salt, prefix(body.fields, self.api.dialect))
+            if (named := self.headers.get(b"x-session-id")) is not None:
+                session = affinity_key(salt, named)
+        return Demand(
+            waiter=self,
+            model=self.model,
+            tenant=key.tenant,
+            class_=key.class_,
+            prompt_tokens=len(self._encoded) // 4,
+            output_tokens=EXPECTED_OUTPUT_TOKENS,
+            body_bytes=len(self._encoded),
+            affinity=affinity,
+            session=session,
+            deadline=self._deadline,
+            streamed=self.stream,
+        )
+
     def _enter(self, now: float) -> None:
         state = self._state
         try:
-            seat = state.admission.enter(self, self.model, now, self._excluded)
+            granted = state.enter(self._demand, now)
         except ServeError as error:
             state.counters.shed[error.code] += 1
             raise
-        if seat is None:
+        if granted is None:
             self.phase, self.queued_at = QUEUED, now
         else:
-            self.on_slot(seat)
+            self.on_slot(*granted)
 
-    def on_slot(self, seat: "Seat") -> None:
+    def on_slot(self, seat: "Seat", reason: str) -> None:
         """Admission granted a slot."""
         state = self._state
         if self.phase == DONE:  # the client left between the grant and this call: the slot goes on to the next
-            state.leave(seat)
+            state.leave(self)
             return
+        self._reason = reason
         if self.queued_at:
             self.queued_seconds += state.now() - self.queued_at
             self.queued_at = 0.0
@@ -229,15 +264,17 @@ class Relay:
         self._fail(ServeError("no_ready_engine", "No engine is ready for this model just now.", retry_after=5))
 
     def on_queue_timeout(self) -> None:
-        self._state.counters.shed["queue_timeout"] += 1
-        now = self._state.now()
-        self._fail(
-            ServeError(
-                "queue_timeout",
-                "No slot became free in time.",
-                retry_after=self._state.admission.retry_after(now),
-            )
-        )
+        self._shed("queue_timeout", "No slot became free in time.")
+
+    def on_shed(self) -> None:
+        """Another tenant's request took the place of this one, whose tenant has the most in the queue."""
+        if self.phase != DONE:
+            self._shed("queue_full", "All slots are taken and the queue is full.")
+
+    def _shed(self, code: str, message: str) -> None:
+        self.phase = WAITING  # no longer in the queue
+        self._state.counters.shed[code] += 1
+        self._fail(ServeError(code, message, retry_after=self._state.retry_after(self._demand.class_)))
 
     def _send(self) -> None:
         pool = self._state.pool(self._replica)
@@ -262,8 +299,16 @@ class Relay:
         encoded = self._encoded
         connection.assign(
             self,
-            b"%bcontent-type: application/json\r\nx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b"
-            % (api.request_line, self.request_id, headers.forwarded(self.headers), len(encoded), encoded),
+            b"%bcontent-type: application/json\r\nx-request-id: %b\r\nx-vllm-priority: %d\r\n"
+            b"%bcontent-length: %d\r\n\r\n%b"
+            % (
+                api.request_line,
+                self.request_id,
+                PRIORITIES[self._demand.class_],
+                headers.forwarded(self.headers),
+                len(encoded),
+                encoded,
+            ),
         )
         if self.client.paused_at:
             connection.transport.pause_reading()
@@ -397,6 +442,7 @@ class Relay:
     def _begin_stream(self) -> None:
         """The first token is here: head and preamble go out with it, and the body is not needed any more."""
         self._relay_head(_EVENT_STREAM, -1)
+        self._state.first_token(self, self.first_at)
         held, self._held = self._held, b""
         self._relay_events(held)
 
@@ -450,6 +496,11 @@ class Relay:
         )
         if not self.keep_alive:
             line += b"connection: close\r\n"
+        if self.key is not None and "debug" in self.key.scopes:
+            line += b"x-vitalis-replica: %b\r\nx-vitalis-reason: %b\r\n" % (
+                self._replica.encode(),
+                self._reason.encode(),
+            )
         return line
 
     def _relay_events(self, payload: bytes) -> None:
@@ -571,12 +622,12 @@ class Relay:
         """Another replica, where nothing was relayed and tries are left; else the end."""
         error = ServeError(code, message)
         if error.status == 503:
-            error.retry_after = self._state.admission.retry_after(self._state.now())
+            error.retry_after = self._state.retry_after(self._demand.class_)
         if self.phase == RELAYING or self._tries >= MAX_ATTEMPTS:
             self._fail(error)
             return
         self._leave()
-        self._excluded |= {self._replica}
+        self._demand = msgspec.structs.replace(self._demand, excluded=self._demand.excluded | {self._replica})
         self._held, self._head = b"", 0
         try:
             self._enter(self._state.now())
@@ -613,9 +664,9 @@ class Relay:
 
     def _leave(self) -> None:
         """Gives the slot back, if there is one to give."""
-        seat, self._seat = self._seat, None
-        if seat is not None:
-            self._state.leave(seat)
+        if self._seat is not None:
+            self._seat = None
+            self._state.leave(self)
 
     def _count_failure(self, kind: str) -> None:
         self._state.counters.upstream_failures[self._replica, kind] += 1
@@ -644,6 +695,11 @@ class Relay:
         counts.completion_tokens += self._completion_tokens
         total = state.now() - began if began else 0.0
         first = self.first_at - began if self.first_at else 0.0
+        if self._completion_tokens:
+            asked = self._demand
+            charged = cost(asked.prompt_tokens, asked.output_tokens)
+            used = cost(self._prompt_tokens, self._completion_tokens)
+            state.admission.settle(asked.tenant, asked.class_, charged, used, asked.weight)
         if outcome == "ok":
             counts.request.observe(total)
             counts.first_byte.observe(first)

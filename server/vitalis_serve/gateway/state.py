@@ -3,22 +3,28 @@
 import asyncio
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vitalis_serve.fleet import Fleet
 from vitalis_serve.gateway.access import AccessLog
-from vitalis_serve.gateway.admission import Admission, Grant, Seat
+from vitalis_serve.gateway.admission import Admission, AdmissionOptions, ClassLimits, Grant
 from vitalis_serve.gateway.counters import Counters
 from vitalis_serve.gateway.keys import KeyTable
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.gateway.pool import EnginePool
+from vitalis_serve.gateway.routing import policy
+from vitalis_serve.gateway.seats import CLASSES, Demand, Seat
 
 if TYPE_CHECKING:
     from vitalis_serve.gateway.relay import Relay
 
 logger = logging.getLogger(__name__)
+
+
+TICK_SECONDS: Final = 0.1
 
 
 class WorkerState:
@@ -30,19 +36,21 @@ class WorkerState:
         self.counters = Counters()
         self.access = AccessLog(options.access_log_path)
         self.admission = Admission(
-            queue_requests=options.queue_requests,
-            queue_seconds=options.queue_seconds,
-            workers=options.workers,
+            _admission_options(options),
+            routing=policy(options.routing, options.worker),
+            share=1 / options.workers,
         )
         self.keys: KeyTable = KeyTable.decode(b'{"version":0}')
         self.fleet = Fleet()
         self.unready = False  # stopping soon: whoever asks /readyz may go elsewhere, requests are still taken
         self.draining = False
         self.date_line = b""  # the Date header, renewed by the sweep
+        self.jitter = random.Random().random  # noqa: S311 - spreads clients, guards nothing
         self.on_suspect: Callable[[str, int, str], None] = _nobody
         self._pools: dict[str, EnginePool] = {}
         self._id_prefix = b"req-" + os.urandom(6).hex().encode()
         self._ids = 0
+        self._ticking = False
 
     def next_request_id(self) -> bytes:
         self._ids += 1
@@ -75,7 +83,7 @@ class WorkerState:
             if pools.get(name) is not pool:
                 pool.retire()
         self._pools, self.fleet = pools, fleet
-        self.dispatch(self.admission.update(fleet))
+        self.dispatch(self.admission.update(fleet, self.now()))
         for relay in self.admission.stranded():
             relay.on_stranded()
 
@@ -85,15 +93,49 @@ class WorkerState:
 
     # -- admission
 
-    def leave(self, seat: Seat) -> None:
-        grants = self.admission.leave(seat, self.now())
-        if grants:
+    def enter(self, demand: Demand, now: float) -> tuple[Seat, str] | None:
+        """A seat and why it was chosen, or None: queued. Raises ServeError queue_full or no_ready_engine."""
+        entered = self.admission.enter(demand, now, self.jitter())
+        if entered.grants:
+            self.dispatch(entered.grants)
+        for relay in entered.shed:
+            self.loop.call_soon(relay.on_shed)
+        if entered.seat is not None:
+            assert entered.decision is not None
+            return entered.seat, entered.decision.reason
+        if not self._ticking:
+            self._ticking = True
+            self.loop.call_later(TICK_SECONDS, self._tick)
+        return None
+
+    def leave(self, relay: "Relay") -> None:
+        if grants := self.admission.leave(relay, self.now()):
             self.dispatch(grants)
+
+    def first_token(self, relay: "Relay", now: float) -> None:
+        if grants := self.admission.first_token(relay, now):
+            self.dispatch(grants)
+
+    def retry_after(self, class_: str) -> float:
+        return self.admission.retry_after(class_, self.now(), self.jitter())
 
     def dispatch(self, grants: Iterable[Grant]) -> None:
         """Grants are acted on in the next turn of the loop, so that nobody's release runs inside another's."""
         for grant in grants:
-            self.loop.call_soon(grant.waiter.on_slot, grant.seat)
+            self.loop.call_soon(grant.waiter.on_slot, grant.seat, grant.reason)
+
+    def expire(self, now: float) -> None:
+        """What time alone brings to those who wait."""
+        self.dispatch(self.admission.tick(now))
+        for relay in self.admission.expired(now):
+            relay.on_queue_timeout()
+
+    def _tick(self) -> None:
+        """Ten times a second while somebody waits."""
+        self.expire(self.now())
+        self._ticking = self.admission.queued > 0
+        if self._ticking:
+            self.loop.call_later(TICK_SECONDS, self._tick)
 
     # -- bodies
 
@@ -109,8 +151,8 @@ class WorkerState:
     def report(self) -> dict[str, object]:
         gauges: list[tuple[str, dict[str, str], float]] = [
             ("vitalis_in_flight", {}, self.admission.in_flight),
-            ("vitalis_queued", {}, self.admission.queued),
         ]
+        gauges += [("vitalis_queued", {"class": c}, n) for c, n in self.admission.queued_by_class().items()]
         gauges += [
             ("vitalis_replica_in_flight", {"replica": seat.replica.name}, seat.in_flight)
             for seat in self.admission.seats()
@@ -130,3 +172,17 @@ class WorkerState:
 
 def _nobody(replica: str, incarnation: int, reason: str) -> None:
     """Nobody supervises this worker."""
+
+
+def _admission_options(options: WorkerOptions) -> AdmissionOptions:
+    """Who talks to a person is answered in time or told when to come back; emergency and batch would rather wait."""
+    limits = {
+        name: ClassLimits(
+            queue_requests=options.queue_requests,
+            queue_bytes=options.max_bodies_bytes,
+            queue_seconds=options.queue_seconds,
+            overload_seconds=options.overload_seconds if name in ("interactive", "standard") else 0.0,
+        )
+        for name in CLASSES
+    }
+    return AdmissionOptions(classes=limits, reserved=options.reserved_share)

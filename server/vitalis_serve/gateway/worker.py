@@ -197,8 +197,7 @@ class Worker:
             state.counters.loop_lag_seconds = max(0.0, now - due)
             state.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode()
             due = max(due, now - period)
-            for relay in state.admission.expired(now):
-                relay.on_queue_timeout()
+            state.expire(now)
             for connection in list(self._connections):
                 connection.check(now)  # type: ignore[union-attr]  # they are all ours
             for pool in state.pools():

@@ -93,6 +93,7 @@ Whole = Annotated[int, Number]
 Seconds = Annotated[float, Number, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Pause = Annotated[float, Number, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Number, Field(ge=1, le=1_000_000)]
+Amount = Annotated[int, Number, Field(ge=0, le=16 << 20)]
 Port = Annotated[int, Number, Field(ge=0, le=65_535)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 ProfileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
@@ -101,6 +102,7 @@ Folder = Annotated[Path, BeforeValidator(_path)]
 EnvironmentValue = Annotated[str | None, BeforeValidator(_environment_text)]
 EngineArgs = Annotated[Mapping[str, Any], AfterValidator(freeze), PlainSerializer(thaw)]
 EngineEnv = Annotated[Mapping[str, EnvironmentValue], AfterValidator(freeze), PlainSerializer(thaw)]
+CacheGroups = Annotated[Mapping[Name, tuple[Name, ...]], AfterValidator(freeze), PlainSerializer(thaw)]
 
 SOURCES = ("hub", "folder", "package", "build")
 _EMPTY = FrozenMap({})
@@ -121,10 +123,12 @@ class Deadlines(Strict):
 
 
 class Queue(Strict):
-    """Requests waiting for a slot: at most so many, for at most so long."""
+    """Requests waiting for a slot: of each class at most so many, for at most so long."""
 
     max_requests: Count = 1024
     max_seconds: Seconds = 30
+    overload_seconds: Pause = 1
+    reserved_share: Annotated[float, Number, Field(ge=0, le=0.9, allow_inf_nan=False)] = 0.1
 
 
 class Gateway(Strict):
@@ -138,6 +142,7 @@ class Gateway(Strict):
     header_seconds: Seconds = 10
     body_seconds: Seconds = 60
     keepalive_seconds: Seconds = 75
+    routing: Literal["affinity", "session", "least_tokens", "round_robin"] = "affinity"
     queue: Queue = Queue()
     deadlines: Deadlines = Deadlines()
     access_log: bool = True
@@ -211,11 +216,64 @@ class Shutdown(Strict):
     drain_seconds: Pause = 30
 
 
+class RouteDefaults(Strict):
+    """Fields set where a request does not have them."""
+
+    temperature: Annotated[float, Number, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    reasoning_effort: Literal["low", "medium", "high"] | None = None
+    max_tokens: Count | None = None
+
+
+class RouteLimits(Strict):
+    """Fields that a request may not set above these."""
+
+    max_tokens: Count | None = None
+    min_tokens: Amount | None = None
+    n: Count | None = None
+    logprobs: Amount | None = None
+    prompt_logprobs: Amount | None = None
+    structured_output_bytes: Amount | None = None
+
+
+class RouteWeight(Strict):
+    """An engine model and its part of a route's conversations, relative to the other weights."""
+
+    model: Name
+    weight: Annotated[float, Number, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
+
+
 class Route(Strict):
-    """A public model name and the engine model behind it (`model.name` where none is given)."""
+    """A public model name and the engine model behind it (`model.name` where none is given), and what holds for
+    its requests. Out of `settings.load`, `model` is never empty; with `weights` it is the heaviest."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     name: Name
     model: Name | None = None
+    class_: Literal["emergency", "interactive", "standard", "batch"] | None = Field(default=None, alias="class")
+    defaults: RouteDefaults = RouteDefaults()
+    limits: RouteLimits = RouteLimits()
+    preamble: Annotated[str, StringConstraints(strip_whitespace=True, max_length=65_536)] = ""
+    weights: tuple[RouteWeight, ...] = ()
+    fallbacks: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def says_one_thing(self) -> "Route":
+        if self.weights:
+            if self.model is not None:
+                raise ValueError("give model or weights, not both; a model of weight 0 gets nothing")
+            if not any(weight.weight for weight in self.weights):
+                raise ValueError("weights are all 0: some model must take the requests")
+        own = [weight.model for weight in self.weights] or [self.model]
+        models = [*own, *self.fallbacks]
+        twice = next((model for model in models if models.count(model) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} is named twice in model, weights and fallbacks")
+        default, limit = self.defaults.max_tokens, self.limits.max_tokens
+        if default is not None and limit is not None and default > limit:
+            raise ValueError(f"defaults.max_tokens ({default}) is above limits.max_tokens ({limit})")
+        return self
 
 
 class Settings(Strict):
@@ -232,6 +290,15 @@ class Settings(Strict):
     engines: Engines = Engines()
     shutdown: Shutdown = Shutdown()
     routes: tuple[Route, ...] = ()
+    cache_groups: CacheGroups = _EMPTY
+
+    @model_validator(mode="after")
+    def one_cache_group_each(self) -> "Settings":
+        members = [tenant for tenants in self.cache_groups.values() for tenant in tenants]
+        twice = sorted({tenant for tenant in members if members.count(tenant) > 1})
+        if twice:
+            raise ValueError(f"cache_groups name {', '.join(twice)} more than once")
+        return self
 
     @model_validator(mode="after")
     def routes_differ(self) -> "Settings":

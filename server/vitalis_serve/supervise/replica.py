@@ -36,7 +36,8 @@ class Sight:
     """One cheap look at a serving engine. `counters` change whenever it makes progress, and are only
     compared.
 
-    refused: it said no (or nobody listens), rather than nothing in time.
+    refused: it said no (or nobody listens), rather than nothing in time. kv_tokens: what its KV cache holds, 0 where
+    it does not say.
     """
 
     healthy: bool
@@ -44,6 +45,7 @@ class Sight:
     counters: Hashable = None
     refused: bool = False
     reason: str = ""
+    kv_tokens: int = 0
 
 
 class Prober(Protocol):
@@ -93,6 +95,7 @@ class ReplicaTask:
         self.life = Life()
         self.started_at: float | None = None
         self.engine_pid: int | None = None
+        self._kv_tokens = 0  # as the engine says, once it was looked at
         self._mark = f"{tree}:{spec.name}"
         self._run_folder = run_folder
         self._publish = publish
@@ -123,6 +126,7 @@ class ReplicaTask:
             self.spec.slots,
             life.incarnation,
             life.detail,
+            self._kv_tokens,
         )
 
     async def until(self, wanted: Callable[[Life], bool], deadline: float | None = None) -> bool:
@@ -345,6 +349,9 @@ class ReplicaTask:
         sight = await self.spec.prober.look(deadline)
         if not sight.healthy:
             return lifecycle.ProbeFailed(sight.reason, sight.refused), before
+        if sight.kv_tokens != self._kv_tokens:
+            self._kv_tokens = sight.kv_tokens
+            self._publish()
         at_gateway = await self._in_flight(self.spec.name)
         moved = before is not None and sight.counters != before
         working = sight.running > 0 or at_gateway > 0

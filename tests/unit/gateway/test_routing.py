@@ -7,6 +7,8 @@ from vitalis_serve.fleet import Replica, ReplicaState
 from vitalis_serve.gateway.routing import Decision, Policy, affinity_key, explain, policy
 from vitalis_serve.gateway.seats import Demand, Seat
 
+from tests.support.worker import SESSION
+
 ALL = ("affinity", "least_tokens", "round_robin", "session")
 
 
@@ -178,3 +180,10 @@ def test_tenants_keep_their_prefixes_apart() -> None:
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(KeyError):
         policy("fastest")
+
+
+def test_the_session_of_the_tests_is_at_home_on_the_first_engine() -> None:
+    made = policy("session")
+    made.update(seats(4))
+    order = [one.replica.name for one, _ in made.ranking(ask(session=affinity_key(b"test", SESSION.encode())))]
+    assert order[:3] == ["engine-0", "engine-1", "engine-2"]

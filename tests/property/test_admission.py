@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from vitalis_serve.errors import ServeError
 from vitalis_serve.fleet import Fleet, Replica, ReplicaState
-from vitalis_serve.gateway.fair_admission import AGED_EVERY, Admission, AdmissionOptions, ClassLimits, Entered, Grant
+from vitalis_serve.gateway.admission import AGED_EVERY, Admission, AdmissionOptions, ClassLimits, Entered, Grant
 from vitalis_serve.gateway.routing import policy
 from vitalis_serve.gateway.seats import CLASSES, EMERGENCY, Demand, Seat
 

@@ -1,4 +1,4 @@
-"""What routing and admission cost, per operation: `PYTHONPATH=server python tests/bench/fair_admission.py`."""
+"""What routing and admission cost, per operation: `PYTHONPATH=server python tests/bench/admission.py`."""
 
 import random
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vitalis_serve.fleet import Fleet, Replica, ReplicaState
-from vitalis_serve.gateway.fair_admission import Admission, AdmissionOptions, ClassLimits, Entered
+from vitalis_serve.gateway.admission import Admission, AdmissionOptions, ClassLimits, Entered
 from vitalis_serve.gateway.routing import policy
 from vitalis_serve.gateway.seats import CLASSES, Demand, Seat
 
