@@ -1,5 +1,6 @@
 """A real control process: changes, workers, snapshots, metrics, fleet, and what it does when things go wrong."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from vitalis_serve.control.client import Client, NotRunning, Refused
+from vitalis_serve.gateway.keys import KeyTable, Limits, Route
 from vitalis_serve.metrics import CONTROL_METRICS, TIME_BUCKETS, WORKER_METRICS
 from vitalis_serve.store.secrets import digest
 
@@ -188,7 +190,7 @@ def test_secret_of_a_key_is_nowhere_on_disk(control: Control) -> None:
 
 
 def test_files_are_private(control: Control) -> None:
-    for name in ("snapshot.json", "control.token", "vitalis.db", "vitalis.db-wal", "control.sock"):
+    for name in ("snapshot.json", "control.token", "cache.secret", "vitalis.db", "vitalis.db-wal", "control.sock"):
         assert stat.S_IMODE((control.folder / name).stat().st_mode) == 0o600, name
 
 
@@ -197,6 +199,23 @@ def test_worker_that_comes_later_gets_the_newest_snapshot(control: Control) -> N
     worker = control.worker(name="late", version=1)
     assert worker.snapshot()["version"] == version
     worker.close()
+
+
+def test_workers_get_routes_cache_groups_and_the_secret_which_outlives_a_restart(tmp_path: Path) -> None:
+    policy = {"class": "emergency", "limits": {"n": 2}, "preamble": "x"}
+    options = {"routes": [{"name": "r", "model": "m", "policy": policy}], "cache_groups": {"relief": ["field"]}}
+    secrets = []
+    for _ in range(2):
+        with running(tmp_path, **options) as control:
+            with contextlib.suppress(Refused):  # there since the first run
+                control.call("POST", "/v1/tenants", {"name": "field"})
+            body = control.snapshot()
+            keys = KeyTable.decode(json.dumps(body).encode())
+            secrets.append(body["cache_secret"])
+        assert keys.routes["r"] == Route("r", "m", class_="emergency", limits=Limits(n=2), preamble="x")
+        assert list(keys.policies) == ["r"]
+        assert body["tenants"] == [{"name": "field", "status": "active", "cache_group": "relief"}]
+    assert secrets[0] == secrets[1] == (tmp_path / "cache.secret").read_text().strip()
 
 
 def test_worker_with_a_newer_snapshot_is_outgrown(control: Control) -> None:
@@ -515,7 +534,7 @@ def test_sigterm_stops_control_and_leaves_no_socket(tmp_path: Path) -> None:
         assert worker.received.get(timeout=SECONDS) is None
         worker.close()
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"vitalis.db", "snapshot.json", "control.token", "control.json", "control.log"}
+    assert left == {"vitalis.db", "snapshot.json", "control.token", "cache.secret", "control.json", "control.log"}
     with pytest.raises(NotRunning, match="vitalis-serve up"):
         Client.of_folder(tmp_path).call("GET", "/healthz")
 

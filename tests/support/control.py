@@ -86,6 +86,7 @@ def control_options(folder: Path) -> dict[str, Any]:
         "database_path": str(folder / "vitalis.db"),
         "snapshot_path": str(folder / "snapshot.json"),
         "token_path": str(folder / "control.token"),
+        "cache_secret_path": str(folder / "cache.secret"),
         "address_path": str(folder / "control.address"),
         "control_socket": str(folder / "control.sock"),
         "port": 0,

@@ -6,34 +6,16 @@ log.
 """
 
 import hmac
-import secrets
-import stat
 from collections import OrderedDict
 from pathlib import Path
-from typing import Final
 
-from vitalis_serve.control.files import publish, stage
-from vitalis_serve.errors import ServeError, StartError
-
-_SHORTEST: Final = 24
+from vitalis_serve.control.files import kept_secret
+from vitalis_serve.errors import ServeError
 
 
 def control_token(path: Path) -> str:
-    """The token in `path`, made on the first start (0600). Raises StartError if it can be neither read nor
-    made."""
-    try:
-        if not path.exists():
-            publish(stage(path, f"vtc_{secrets.token_urlsafe(30)}\n".encode()), path)
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            path.chmod(0o600)
-        token = path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(
-            f"control's token {path} can be neither read nor made ({error}): check the data folder"
-        ) from error
-    if not token.startswith("vtc_") or len(token) < _SHORTEST:
-        raise StartError(f"control's token {path} is not one of ours: remove the file and start again")
-    return token
+    """The token in `path`, made on the first start. Raises StartError if it can be neither read nor made."""
+    return kept_secret(path, "vtc_")
 
 
 class Failures:

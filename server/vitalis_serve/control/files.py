@@ -1,7 +1,14 @@
 """Private files that are whole or not there: written beside their place, synced, then moved into it."""
 
 import os
+import secrets
+import stat
 from pathlib import Path
+from typing import Final
+
+from vitalis_serve.errors import StartError
+
+_SHORTEST: Final = 20  # characters behind the prefix
 
 
 def stage(path: Path, content: bytes) -> Path:
@@ -28,3 +35,21 @@ def publish(staged: Path, path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def kept_secret(path: Path, prefix: str) -> str:
+    """The secret in `path`: `prefix` and 40 random characters, made at the first start (0600).
+
+    Raises StartError if it can be neither read nor made.
+    """
+    try:
+        if not path.exists():
+            publish(stage(path, f"{prefix}{secrets.token_urlsafe(30)}\n".encode()), path)
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            path.chmod(0o600)
+        secret = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"{path} can be neither read nor made ({error}): check the data folder") from error
+    if not secret.startswith(prefix) or len(secret) < len(prefix) + _SHORTEST:
+        raise StartError(f"{path} is not one of ours: remove the file and start again")
+    return secret

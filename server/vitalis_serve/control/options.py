@@ -1,14 +1,18 @@
 """What control is told at its start, as one JSON document: `vitalis_serve.main` writes it and
 `control/process.py` reads it. Plain types only: whoever starts control needs none of what control imports."""
 
+from typing import Any
+
 import msgspec
 
 
 class RouteOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A public model name and the engine model behind it."""
+    """A public model name and the engine model behind it. `policy`: what else holds for the route, as the workers
+    read it (`gateway/keys.py`); control only passes it on."""
 
     name: str
     model: str
+    policy: dict[str, Any] = {}
 
 
 class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -17,6 +21,7 @@ class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     workers: how many workers there should be: a change is in force when so many have acknowledged it.
     supervisor_socket: where fleet commands go; "" when control runs without a supervisor.
+    cache_groups: tenants that share a prefix cache, by the group's name; a tenant is in one group at most.
     apply_seconds: how long a change waits for the workers before it answers with `"applied": false`.
     collect_seconds: how long a scrape waits for the workers' reports.
     """
@@ -24,6 +29,7 @@ class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     database_path: str  # <data_folder>/vitalis.db
     snapshot_path: str  # <data_folder>/snapshot.json
     token_path: str  # <data_folder>/control.token
+    cache_secret_path: str  # <data_folder>/cache.secret
     address_path: str  # <data_folder>/control.address
     control_socket: str  # run/control.sock
     supervisor_socket: str = ""  # run/supervisor.sock
@@ -31,5 +37,6 @@ class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     port: int = 8081
     workers: int = 0
     routes: tuple[RouteOptions, ...] = ()
+    cache_groups: dict[str, tuple[str, ...]] = {}
     apply_seconds: float = 1.0
     collect_seconds: float = 1.0

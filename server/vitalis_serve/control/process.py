@@ -21,7 +21,7 @@ import uvicorn
 from vitalis_serve import logs
 from vitalis_serve.control.access import Access, Failures, control_token
 from vitalis_serve.control.app import Control, create_app
-from vitalis_serve.control.files import publish, stage
+from vitalis_serve.control.files import kept_secret, publish, stage
 from vitalis_serve.control.options import ControlOptions
 from vitalis_serve.control.snapshots import Snapshots
 from vitalis_serve.control.supervision import Supervision
@@ -72,6 +72,7 @@ async def run(options: ControlOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     access = Access(control_token(Path(options.token_path)), Failures())
+    cache_secret = kept_secret(Path(options.cache_secret_path), "vcs_")
     listener = _bind(options.host, options.port)
     supervision = Supervision(options.supervisor_socket)
     workers = Workers()
@@ -83,7 +84,7 @@ async def run(options: ControlOptions) -> None:
             closing.callback(asyncio.create_task(supervision.run(int(channel))).cancel)
         store = await Store.open(Path(options.database_path))
         closing.push_async_callback(store.close)
-        snapshots = Snapshots(store, workers, Path(options.snapshot_path), options.routes)
+        snapshots = Snapshots(store, workers, options, cache_secret)
         workers.overtaken = snapshots.overtaken
         try:
             await snapshots.start()

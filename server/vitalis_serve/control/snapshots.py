@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from vitalis_serve.control.files import publish, stage
-from vitalis_serve.control.options import RouteOptions
+from vitalis_serve.control.options import ControlOptions
 from vitalis_serve.control.workers import Workers
 from vitalis_serve.errors import ServeError
 from vitalis_serve.store.records import Change, Contents, Store
@@ -30,11 +30,15 @@ _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 class Snapshots:
     """Serialises changes, one at a time."""
 
-    def __init__(self, store: Store, workers: Workers, path: Path, routes: tuple[RouteOptions, ...]) -> None:
+    def __init__(self, store: Store, workers: Workers, options: ControlOptions, cache_secret: str) -> None:
+        """`cache_secret`: of the deployment; the workers salt each tenant's prefix cache with what they derive
+        from it."""
         self._store = store
         self._workers = workers
-        self._path = path
-        self._routes = routes
+        self._path = Path(options.snapshot_path)
+        self._routes = [{**route.policy, "name": route.name, "model": route.model} for route in options.routes]
+        self._cache_groups = {tenant: group for group, tenants in options.cache_groups.items() for tenant in tenants}
+        self._cache_secret = cache_secret
         self._lock = asyncio.Lock()
         self.version = 0
 
@@ -101,11 +105,15 @@ class Snapshots:
         self.version = version
         self._workers.push(version, msgspec.Raw(body))
 
+    def _group(self, tenant: str) -> dict[str, str]:
+        group = self._cache_groups.get(tenant)
+        return {} if group is None else {"cache_group": group}
+
     def _body(self, version: int, contents: Contents) -> bytes:
         return msgspec.json.encode(
             {
                 "version": version,
-                "tenants": [{"name": t.name, "status": t.status} for t in contents.tenants],
+                "tenants": [{"name": t.name, "status": t.status, **self._group(t.name)} for t in contents.tenants],
                 "keys": [
                     {
                         "id": key.id,
@@ -118,7 +126,8 @@ class Snapshots:
                     }
                     for key in contents.keys
                 ],
-                "routes": [{"name": route.name, "model": route.model} for route in self._routes],
+                "routes": self._routes,
+                "cache_secret": self._cache_secret,
             }
         )
 

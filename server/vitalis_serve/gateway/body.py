@@ -23,7 +23,7 @@ REFUSED: Final = frozenset(
         "prompt_embeds",
     }
 )
-# Dropped in silence: the gateway sets what they would say.
+# Dropped in silence: the gateway sets what they would say (`encode`, and the header X-Vllm-Priority).
 STRIPPED: Final = ("cache_salt", "priority", "request_id")
 # Responses' server-side state lives in one engine's memory.
 STATEFUL: Final = ("previous_response_id", "conversation")
@@ -42,22 +42,23 @@ _NULL: Final = b"null"
 class Body:
     """What the gateway read: `model` as the client named it, `stream`, and whether usage must be hidden."""
 
-    __slots__ = ("fields", "hide_usage", "model", "original", "stream")
+    __slots__ = ("_salted", "_sent_model", "fields", "hide_usage", "model", "stream")
 
     def __init__(self, raw: bytes, dialect: str, *, streams: bool) -> None:
-        """Raises ServeError invalid_json, invalid_request or unsupported_field."""
-        self.original: bytes | None = raw
-        fields = self.fields = _top_level(raw)
+        """`streams`: of the API, which is to say that it generates: what only counts tokens has no use for a salt.
+        Raises ServeError invalid_json, invalid_request or unsupported_field.
+        """
+        fields = self.fields = top_level(raw)
         self.hide_usage = False
         self.stream = streams and _boolean(fields, "stream")
-        self.model = _model(fields)
+        self.model = self._sent_model = _model(fields)
+        self._salted = streams
         if not REFUSED.isdisjoint(fields):
             name = min(REFUSED.intersection(fields))
             raise ServeError("unsupported_field", f"The field `{name}` is not accepted here; leave it out.", param=name)
         for name in STRIPPED:
             if name in fields:
                 del fields[name]
-                self.original = None
         if dialect == "responses":
             self._responses()
         elif self.stream and dialect in ("chat", "completions"):
@@ -78,14 +79,13 @@ class Body:
                 param="background",
             )
         self.fields["store"] = _FALSE
-        self.original = None
 
     def _usage(self) -> None:
         """Asks the engine for the usage of a stream, and remembers to hide it from who did not ask."""
         raw = self.fields.get("stream_options")
         if raw is None or bytes(raw) == _NULL:
             self.fields["stream_options"] = _USAGE
-            self.hide_usage, self.original = True, None
+            self.hide_usage = True
             return
         try:
             options = _as_map(raw)
@@ -98,18 +98,21 @@ class Body:
             options["include_usage"] = _TRUE
             options.pop("continuous_usage_stats", None)
             self.fields["stream_options"] = msgspec.Raw(_encode(options))
-            self.hide_usage, self.original = True, None
+            self.hide_usage = True
 
-    def encode(self, model: str) -> bytes:
-        """The body as it goes to the engine, with the engine's own name for the model."""
-        if model != self.model:
+    def encode(self, model: str, salt: msgspec.Raw | None = None) -> bytes:
+        """The body as it goes to the engine: with the engine's own name for the model, and the tenant's salt for its
+        prefix cache. May be called again with another model."""
+        if model != self._sent_model:
             self.fields["model"] = msgspec.Raw(_encode(model))
-        elif self.original is not None:
-            return self.original
+            self._sent_model = model
+        if salt is not None and self._salted:
+            self.fields["cache_salt"] = salt
         return _encode(self.fields)
 
 
-def _top_level(raw: bytes) -> dict[str, msgspec.Raw]:
+def top_level(raw: bytes) -> dict[str, msgspec.Raw]:
+    """The fields of a JSON object. Raises ServeError invalid_json or invalid_request."""
     try:
         str(raw, "utf-8")  # msgspec does not look into raw values
         fields = _decode(raw)

@@ -5,12 +5,17 @@ dictionary look-up each, and no memory.
 """
 
 import hashlib
+import hmac
+import os
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from vitalis_serve.errors import ServeError
+from vitalis_serve.gateway.route_policy import RoutePolicy
+
+SALT_LENGTH: Final = 32  # hex digits
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -28,20 +33,77 @@ class Key(msgspec.Struct, frozen=True):
         return "*" in self.routes or route in self.routes
 
 
+class Defaults(msgspec.Struct, frozen=True):
+    """What a route sets where the caller says nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    reasoning_effort: str | None = None
+    max_tokens: int | None = None
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What a route allows at most. Tokens, counts, and bytes of JSON."""
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structured_output_bytes: int | None = None
+
+
+class Weight(msgspec.Struct, frozen=True):
+    """An engine's model and its part of a route's conversations, relative to the other weights."""
+
+    model: str
+    weight: float
+
+
+_NO_DEFAULTS: Final = Defaults()
+_NO_LIMITS: Final = Limits()
+
+
 class Route(msgspec.Struct, frozen=True):
-    """A public model name and the engine's name for what it maps to."""
+    """A public model name and the engine's name for what it maps to.
+
+    `class_`: of its requests, whatever their key's; None leaves it to the key. `fallbacks`: engine models in order.
+    """
 
     name: str
     model: str
+    class_: str | None = msgspec.field(default=None, name="class")
+    defaults: Defaults = _NO_DEFAULTS
+    limits: Limits = _NO_LIMITS
+    preamble: str = ""
+    weights: tuple[Weight, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+
+    def class_for(self, key: Key) -> str:
+        """The class of a request; no wish of the caller's has a part in it."""
+        return self.class_ or key.class_
+
+
+class Tenant(msgspec.Struct, frozen=True):
+    """Tenants of the same `cache_group` share a prefix cache; "" shares with nobody."""
+
+    name: str
+    status: str = "active"
+    cache_group: str = ""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What control pushes: see `control/snapshots.py`."""
+    """What control pushes: see `control/snapshots.py`.
+
+    cache_secret: the deployment's, from which the tenants' salts come. A snapshot without one still keeps tenants
+    apart, by a secret of this process alone.
+    """
 
     version: int
     keys: tuple[Key, ...] = ()
     routes: tuple[Route, ...] = ()
-    tenants: tuple[Any, ...] = ()
+    tenants: tuple[Tenant, ...] = ()
+    cache_secret: str = ""
 
 
 _DECODER: Final = msgspec.json.Decoder(Snapshot)
@@ -51,12 +113,16 @@ _NEVER: Final = float("inf")
 class KeyTable:
     """One snapshot, indexed. Build a new one for a new snapshot and replace it by assignment."""
 
-    __slots__ = ("_by_digest", "_names_by_key", "routes", "version")
+    __slots__ = ("_by_digest", "_cache_groups", "_cache_secret", "_salts", "policies", "routes", "version")
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.version = snapshot.version
         self._by_digest = {bytes.fromhex(k.digest): (k, k.expires_at or _NEVER) for k in snapshot.keys}
         self.routes = {r.name: r for r in snapshot.routes}
+        self.policies = {r.name: policy for r in snapshot.routes if (policy := RoutePolicy.of(r)) is not None}
+        self._cache_groups = {t.name: t.cache_group for t in snapshot.tenants if t.cache_group}
+        self._cache_secret = snapshot.cache_secret.encode() or os.urandom(32)
+        self._salts: dict[str, msgspec.Raw] = {}
 
     @staticmethod
     def decode(document: bytes) -> "KeyTable":
@@ -90,3 +156,15 @@ class KeyTable:
             known = ", ".join(r.name for r in self.allowed(key)) or "none"
             raise ServeError("route_not_allowed", f"This key may not use `{name}`. It may use: {known}.", param="model")
         return route
+
+    def salt(self, tenant: str) -> msgspec.Raw:
+        """The `cache_salt` of a tenant's requests, as JSON: who does not know it can neither read nor time what
+        another tenant left in an engine's prefix cache."""
+        salt = self._salts.get(tenant)
+        if salt is None:
+            group = self._cache_groups.get(tenant)
+            # A tenant that is called like a group is not in it.
+            owner = f"tenant:{tenant}" if group is None else f"group:{group}"
+            digest = hmac.digest(self._cache_secret, owner.encode(), "sha256").hex()[:SALT_LENGTH]
+            salt = self._salts[tenant] = msgspec.Raw(b'"%b"' % digest.encode())
+        return salt

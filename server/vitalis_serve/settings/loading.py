@@ -79,8 +79,13 @@ def resolve(
     settings = _validated(values, layers)
     _refuse_placeholders(settings, environ, layers)
     routes = settings.routes or (Route(name=settings.model.name),)
-    routes = tuple(r if r.model else Route(name=r.name, model=settings.model.name) for r in routes)
+    routes = tuple(r if r.model else r.model_copy(update={"model": _route_model(r, settings)}) for r in routes)
     return Resolved(settings.model_copy(update={"routes": routes}), (file, overlay_file), layers, reason)
+
+
+def _route_model(route: Route, settings: Settings) -> str:
+    heaviest = max(route.weights, key=lambda weight: weight.weight, default=None)
+    return heaviest.model if heaviest is not None else settings.model.name
 
 
 def _file(path: Path | None, environ: Mapping[str, str]) -> Path:
@@ -202,6 +207,11 @@ def _section(path: KeyPath) -> type[BaseModel] | None:
     return model
 
 
+def _keys(section: type[BaseModel]) -> list[str]:
+    """As they are written: `class` is no name for a field in Python."""
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
 def _refuse_unknown(layer: Layer, branch: Any = None, path: KeyPath = ()) -> None:
     section = _section(path)
     branch = layer.values if not path else branch
@@ -214,17 +224,18 @@ def _refuse_unknown(layer: Layer, branch: Any = None, path: KeyPath = ()) -> Non
         return
     if not isinstance(branch, Mapping):
         return
+    known = _keys(section)
     for key, value in branch.items():
         here = (*path, key)
-        if key not in section.model_fields:
+        if key not in known:
             remedy = _nearest(here, section)
             raise ConfigurationError(f"{layer.place(here)}: {'.'.join(here)} is not a known key{remedy}")
         _refuse_unknown(layer, value, here)
 
 
 def _nearest(path: KeyPath, section: type[BaseModel]) -> str:
-    siblings = difflib.get_close_matches(path[-1], section.model_fields, n=1)
-    siblings = siblings or [name for name in section.model_fields if name.startswith(f"{path[-1]}_")]
+    siblings = difflib.get_close_matches(path[-1], _keys(section), n=1)
+    siblings = siblings or [name for name in _keys(section) if name.startswith(f"{path[-1]}_")]
     if siblings:
         return f"; did you mean {'.'.join((*path[:-1], siblings[0]))}?"
     ends: dict[str, KeyPath] = {}
@@ -235,7 +246,7 @@ def _nearest(path: KeyPath, section: type[BaseModel]) -> str:
         return f"; did you mean {'.'.join(ends[elsewhere[0]])}?"
     if len(path) == 1 or path[0] == "engines":
         return "; vLLM's own options go below engines.engine_args"
-    return f"; known here: {', '.join(section.model_fields)}"
+    return f"; known here: {', '.join(_keys(section))}"
 
 
 def _check_args(values: Mapping[str, Any], layers: Sequence[Layer]) -> None:
@@ -264,7 +275,7 @@ def _known_part(path: KeyPath) -> KeyPath:
     # pydantic adds parts of its own for unions and the like.
     for known in setting_paths():
         if path[: len(known)] == known:
-            extra = path[len(known) : len(known) + 2]
+            extra = path[len(known) : len(known) + 4]
             return known + tuple(part for part in extra if "[" not in part and part not in ("str", "int"))
     return path
 

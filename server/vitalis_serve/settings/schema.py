@@ -265,8 +265,7 @@ class Route(Strict):
                 raise ValueError("give model or weights, not both; a model of weight 0 gets nothing")
             if not any(weight.weight for weight in self.weights):
                 raise ValueError("weights are all 0: some model must take the requests")
-        own = [weight.model for weight in self.weights] or [self.model]
-        models = [*own, *self.fallbacks]
+        models = [*(weight.model for weight in self.weights), *([self.model] if self.model else ()), *self.fallbacks]
         twice = next((model for model in models if models.count(model) > 1), None)
         if twice is not None:
             raise ValueError(f"{twice} is named twice in model, weights and fallbacks")

@@ -3,11 +3,13 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway.body import REFUSED, STATEFUL, STRIPPED, Body
+from vitalis_serve.gateway.paths import APIS, Api
 
 MODEL = "gpt-oss-20b"
 
@@ -67,7 +69,7 @@ def test_invalid_utf8_is_found_below_the_top_level_and_named_by_its_place() -> N
 
 def test_two_hundred_levels_of_nesting_pass_untouched() -> None:
     raw = b'{"model":"gpt-oss-20b","messages":' + b"[" * 200 + b"]" * 200 + b"}"
-    assert read(raw).encode(MODEL) == raw
+    assert read(raw).encode(MODEL) == raw  # it had no spaces at the top level
 
 
 def test_a_missing_model_is_named() -> None:
@@ -148,7 +150,7 @@ def test_exactly_the_bodies_with_a_field_twice_are_refused(
             assert any("\ud800" <= c <= "\udfff" for c in raw.decode("utf-8", "surrogatepass")) or b"\\ud" in raw
         return
     assert not twice
-    assert body.encode("a") == raw
+    assert json.loads(body.encode("a")) == json.loads(raw)
 
 
 PRETTY = (
@@ -156,8 +158,10 @@ PRETTY = (
 )
 
 
-def test_a_body_without_need_of_a_change_goes_on_byte_for_byte() -> None:
-    assert read(PRETTY).encode(MODEL) == PRETTY
+def test_values_go_on_byte_for_byte_and_spaces_around_them_are_left_out() -> None:
+    assert read(PRETTY).encode(MODEL) == (
+        b'{"model":"gpt-oss-20b","messages":[ {"role": "user", "content": "a \\"model\\""} ],"x":1.50}'
+    )
 
 
 def test_values_stay_as_they_were_written_where_something_else_changes() -> None:
@@ -257,3 +261,26 @@ def test_store_and_background_mean_nothing_to_other_apis() -> None:
 @pytest.mark.parametrize("name", ['a"b', "ä", "x" * 500])
 def test_the_engines_own_name_for_the_model_is_sent(name: str) -> None:
     assert sent({"model": "public", "a": 1}, model=name) == {"model": name, "a": 1}
+
+
+SALT = msgspec.Raw(b'"5a17"')
+
+
+@pytest.mark.parametrize("api", [api for api in APIS.values() if api.streams], ids=lambda api: api.path.decode())
+@pytest.mark.parametrize("salt", ["absent", None, "", "mine"])
+def test_every_api_that_generates_gets_the_tenants_salt_for_the_callers(api: Api, salt: str | None) -> None:
+    document = {"model": MODEL} | ({} if salt == "absent" else {"cache_salt": salt})
+    body = read(document, api.dialect, streams=api.streams)
+    assert json.loads(body.encode(MODEL, SALT))["cache_salt"] == "5a17"
+
+
+@pytest.mark.parametrize("api", [api for api in APIS.values() if not api.streams], ids=lambda api: api.path.decode())
+def test_what_only_counts_tokens_gets_no_salt(api: Api) -> None:
+    body = read({"model": MODEL, "cache_salt": "mine"}, api.dialect, streams=api.streams)
+    assert json.loads(body.encode(MODEL, SALT)) == {"model": MODEL}
+
+
+def test_a_body_can_be_encoded_again_for_another_model() -> None:
+    body = read({"model": "public", "a": 1})
+    for model in ("first", "first", "public", "second"):
+        assert json.loads(body.encode(model, SALT)) == {"model": model, "a": 1, "cache_salt": "5a17"}

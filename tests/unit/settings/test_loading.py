@@ -6,6 +6,7 @@ import pytest
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.settings import load, resolve
 from vitalis_serve.settings.hardware import GIB, GpuModel, profile_for
+from vitalis_serve.settings.schema import Route
 
 CPU = {"VITALIS_PROFILE": "plain"}
 
@@ -60,9 +61,60 @@ def test_place_of_a_source_that_was_replaced_is_what_replaced_it(write):
 
 
 def test_routes_default_to_the_model(write):
-    assert load(write("model: {name: m}"), CPU).routes[0].model_dump() == {"name": "m", "model": "m"}
+    assert load(write("model: {name: m}"), CPU).routes == (Route(name="m", model="m"),)
     settings = load(write("model: {name: m}\nroutes: [{name: a}, {name: b, model: c}]"), CPU)
     assert [(r.name, r.model) for r in settings.routes] == [("a", "m"), ("b", "c")]
+
+
+ROUTE = """\
+model: {name: m}
+routes:
+  - name: r
+    class: emergency
+    defaults: {temperature: 0.7, max_tokens: 100}
+    limits: {max_tokens: 200, logprobs: 0}
+    preamble: |
+      Be brief.
+    fallbacks: [b, c]
+  - name: canary
+    weights: [{model: old, weight: 5}, {model: new, weight: 95}]
+"""
+
+
+def test_what_a_route_says_is_kept_when_its_model_is_filled_in(write):
+    first, canary = load(write(ROUTE), CPU).routes
+    assert (first.model, first.class_, first.preamble, first.fallbacks) == ("m", "emergency", "Be brief.", ("b", "c"))
+    assert (first.defaults.temperature, first.limits.max_tokens, first.limits.logprobs) == (0.7, 200, 0)
+    assert (canary.model, [(w.model, w.weight) for w in canary.weights]) == ("new", [("old", 5), ("new", 95)])
+
+
+@pytest.mark.parametrize(
+    ("route", "words"),
+    [
+        ("{name: r, clas: batch}", [":1: routes.0.clas is not a known key", "routes.0.class?"]),
+        ("{name: r, class: urgent}", ["routes.0.class is 'urgent'", "emergency"]),
+        ("{name: r, defaults: {temperatur: 1}}", ["did you mean routes.0.defaults.temperature?"]),
+        ("{name: r, defaults: {temperature: 2.5}}", ["routes.0.defaults.temperature is 2.5; it must be at most 2"]),
+        ("{name: r, limits: {n: 0}}", ["routes.0.limits.n is 0; it must be at least 1"]),
+        (
+            "{name: r, defaults: {max_tokens: 9}, limits: {max_tokens: 8}}",
+            ["routes.0: defaults.max_tokens (9) is above"],
+        ),
+        ("{name: r, weights: [{model: a, weight: -1}]}", ["routes.0.weights.0.weight is -1"]),
+        ("{name: r, weights: [{model: a, weight: 0}]}", ["routes.0: weights are all 0"]),
+        ("{name: r, model: a, weights: [{model: a, weight: 1}]}", ["routes.0: give model or weights, not both"]),
+        ("{name: r, model: a, fallbacks: [b, a]}", ["routes.0: a is named twice"]),
+    ],
+)
+def test_what_is_wrong_in_a_route_is_named(write, route, words):
+    text = refusal(write(f"routes: [{route}]"))
+    assert all(word in text for word in words), text
+
+
+def test_a_tenant_is_in_one_cache_group(write):
+    assert load(write("cache_groups: {g: [a, b]}"), CPU).cache_groups == {"g": ("a", "b")}
+    assert load(write(""), CPU | {"VITALIS_CACHE_GROUPS": '{"g": ["a"]}'}).cache_groups == {"g": ("a",)}
+    assert "cache_groups name b more than once" in refusal(write("cache_groups: {g: [a, b], h: [b]}"))
 
 
 def test_settings_are_frozen_all_the_way(write):

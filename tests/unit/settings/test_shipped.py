@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from vitalis_serve.settings import Settings, resolve
+from vitalis_serve.settings.schema import Route
 from vitalis_serve.settings.sources import read_yaml
 from vitalis_serve.settings.variables import OTHER_VARIABLES, PREFIX, VARIABLES, setting_paths
 
@@ -51,6 +53,7 @@ def test_environment_file_and_code_agree():
     special = {
         "VITALIS_PROFILE",
         "VITALIS_ROUTES",
+        "VITALIS_CACHE_GROUPS",
         "VITALIS_ENGINES_ENGINE_ARGS",
         "VITALIS_ENGINES_ENGINE_ENV",
     }
@@ -73,6 +76,32 @@ def test_profiles_load(profile):
         assert settings.engines.device == "cpu"
         assert settings.engines.engine_args["enforce-eager"] is True
         assert settings.engines.engine_env["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
+def route_keys(section=Route, above=""):
+    """Every key of a route, `limits.n` and the like."""
+    for name, field in section.model_fields.items():
+        key = above + (field.alias or name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from route_keys(inner, f"{key}.")
+        else:
+            yield key
+
+
+def test_every_key_of_a_route_is_in_the_documents():
+    text = (CONFIG.parent / "docs" / "configuration.md").read_text()
+    assert re.findall(r"^\| `([a-z_.]+)` \|", text.split("\n## Routes")[1], re.MULTILINE) == list(route_keys())
+
+
+def test_the_example_of_routes_is_one_that_works(tmp_path):
+    text = (CONFIG / "gpt-oss.yaml").read_text()
+    example = re.search(r"^# routes:\n(?:# .*\n)+", text, re.MULTILINE)[0]
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "plain.yaml").write_text("")
+    (tmp_path / "c.yaml").write_text(re.sub(r"^# ", "", example, flags=re.MULTILINE))
+    routes = resolve(tmp_path / "c.yaml", {"VITALIS_PROFILE": "plain"}).settings.routes
+    assert [route.name for route in routes] == ["vitalis-chat", "vitalis-reason", "vitalis-emergency"]
 
 
 def test_profiles_are_those_that_are_documented():
