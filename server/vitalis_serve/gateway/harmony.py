@@ -94,10 +94,10 @@ def leak(payload: bytes) -> str:
     For chat, Responses and Messages; a text completion is raw and may hold them. One search for most payloads, and of
     one byte, which costs half of that for two, or a fortieth in a long one.
 
-    A called tool's name (vLLM 0.32 cuts it at <|constrain|>, its parser at <|channel|>, and at no other: a name
-    `get<|start|>assistant` was seen) is an error: no client has a tool of that name, an agent that keeps it in its history makes the model
-    repeat it, and nobody quotes in a name. A name with a recipient glued on without a special token (`getjson`,
-    `functions.get`) is a name like any other, which only the client can tell.
+    A called tool's name is an error: no client has a tool of that name, an agent that keeps it in its history makes
+    the model repeat it, and nobody quotes in a name. vLLM 0.32 cuts it at <|constrain|>, its parser at <|channel|>,
+    and at no other: `get<|start|>assistant` was seen. A name with a recipient glued on without a special token
+    (`getjson`, `functions.get`) is a name like any other, which only the client can tell.
 
     In content it is counted only. A text that quotes a token further on is the same bytes as one that leaked it, so
     only a text that begins with one counts: so begin the raw tokens that vLLM 0.32 sends where a header was left
@@ -107,9 +107,21 @@ def leak(payload: bytes) -> str:
     """
     if payload.rfind(b"|") < 0 or _MARK.search(payload) is None:
         return ""
-    if _NAME.search(payload) is not None:
+    if _NAME.search(payload) is not None and not _is_argument(payload):
         return "tool_name"
     return "content" if _TEXT.search(payload) is not None else ""
+
+
+def _is_argument(payload: bytes) -> bool:
+    """Whether what looked like a tool's name is an argument called `name`: a plain answer of Messages has arguments as
+    objects, all others as text."""
+    if not payload.startswith(b"{") or b'"tool_use"' not in payload:
+        return False
+    try:
+        names = _tool_names([_decode(payload)])
+    except msgspec.DecodeError:
+        return False
+    return not any(_MARK.search(name.encode("utf-8", "replace")) for name in names)
 
 
 def breaks(fields: dict[str, msgspec.Raw], dialect: str) -> str:

@@ -98,6 +98,11 @@ def test_a_special_token_in_a_tools_name(name: str) -> None:
     assert leak(json.dumps(plain).encode()) == "tool_name"
     block = {"type": "content_block_start", "content_block": {"type": "tool_use", "id": "x", "name": name, "input": {}}}
     assert leak(b"event: content_block_start\ndata: " + msgspec.json.encode(block) + b"\n\n") == "tool_name"
+    whole = {
+        "role": "assistant",
+        "content": [{"type": "tool_use", "id": "x", "name": name, "input": {"name": "<|end|>"}}],
+    }
+    assert leak(msgspec.json.encode(whole)) == "tool_name"
     item = {"type": "response.output_item.added", "item": {"type": "function_call", "name": name, "arguments": ""}}
     assert leak(b"event: response.output_item.added\ndata: " + msgspec.json.encode(item) + b"\n\n") == "tool_name"
 
@@ -125,6 +130,7 @@ def test_a_text_that_begins_with_a_special_token(payload: bytes) -> None:
     chunk("{}", '"logprobs":{"content":[{"token":"<|channel|>","logprob":-0.1,"bytes":[1],"top_logprobs":[]}]}'),
     b'{"type":"response.created","response":{"instructions":"<|start|> begins a message","output":[]}}',
     b'{"tools":[{"name":"get","description":"<|start|>"}]}',
+    b'{"role":"assistant","content":[{"type":"tool_use","id":"x","name":"get","input":{"name":"<|start|>"}}]}',
     b"",
 ])  # fmt: skip
 def test_what_cannot_be_told_from_a_quote_is_no_leak(payload: bytes) -> None:
