@@ -9,11 +9,11 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from simulator.answers import chat_layout, completion_layout
+from simulator.calls import LEAKED
 from simulator.requests import Work
 from simulator.rules import Rule
 from simulator.schedule import Sequence
-from simulator.shapes import BODIES, ENGINE_DEAD, ID_PREFIXES, WRITERS, Answer, Writer, error_body
+from simulator.shapes import BODIES, ID_PREFIXES, WRITERS, Answer, Writer, error_body
 
 if TYPE_CHECKING:
     from simulator.connection import Connection, Request
@@ -65,15 +65,16 @@ class Exchange:
         """Sends the head where the answer is streamed, and queues the work."""
         self.work = work
         server = self.server
-        layout = completion_layout(work.tokens) if work.api == "completions" else chat_layout(
-            work.tokens, work.finish_reason)  # fmt: skip
-        answer = Answer(work.api, ID_PREFIXES[work.api] + identity, work.model, int(time.time()), layout,
+        answer = Answer(work.api, ID_PREFIXES[work.api] + identity, work.model, int(time.time()), work.layout(),
                         work.finish_reason)  # fmt: skip
         answer.count = work.count
         answer.include_usage = work.include_usage
         answer.continuous = work.continuous
         answer.cached_details = server.options.prompt_tokens_details
-        answer.leak = self.rule is not None and self.rule.kind == "leak"
+        answer.call, answer.named = work.tool, work.named
+        answer.logprobs = work.logprobs
+        if self.rule is not None:
+            self._mislead(answer, self.rule.kind)
         hashes = work.block_hashes(server.options.block_tokens) if server.options.prefix_caching else ()
         sequence = Sequence(self, work.prompt_tokens, work.tokens, priority=work.priority, width=work.count,
                             block_hashes=hashes)  # fmt: skip
@@ -95,6 +96,14 @@ class Exchange:
             self.flush()
         if not self.ended:
             server.engine.submit(sequence)
+
+    @staticmethod
+    def _mislead(answer: Answer, kind: str) -> None:
+        """Has Harmony's special tokens where no client looks for them."""
+        if kind == "leak_tool_name" and answer.api != "completions":
+            answer.call = (answer.call or "get") + LEAKED
+        elif kind in ("leak", "leak_tool_name"):
+            answer.leak = True
 
     def refuse(self, status: int, body: bytes, extra: bytes = b"") -> None:
         """Answers with an error, whole."""
@@ -204,11 +213,11 @@ class Exchange:
     def _answer_whole(self, now: float) -> None:
         assert self.answer is not None
         rule = self.rule
-        if rule is not None and rule.kind == "stream_error":
-            self.refuse(500, error_body(500, ENGINE_DEAD, "InternalServerError"))
+        if rule is not None and rule.kind in ("stream_error", "harmony"):
+            self.refuse(500, error_body(500, rule.message, "InternalServerError"))
             return
         body = BODIES[self.answer.api](self.answer, False)
-        if rule is None or rule.kind in ("delay", "no_done", "leak"):
+        if rule is None or rule.kind in ("delay", "no_done", "leak", "leak_tool_name"):
             self._end("finished", {"finished": now})
             self.connection.answer(self.request, 200, body, extra=self._headers)
         else:
@@ -290,8 +299,8 @@ class Exchange:
             self._pieces.append(b"zz not a size\r\n" + event)
             self.flush()
             self._depart(rule)
-        elif rule.kind == "stream_error":
-            self._fail()
+        elif rule.kind in ("stream_error", "harmony"):
+            self._fail(rule.message)
         elif rule.kind in ("reset", "cut", "half_close"):
             if rule.point == "chunk":
                 self._pieces.append(chunk(event)[: len(half)])
@@ -305,9 +314,9 @@ class Exchange:
             return False
         return True
 
-    def _fail(self) -> None:
+    def _fail(self, message: str) -> None:
         assert self.writer is not None
-        events = self.writer.failure()
+        events = self.writer.failure(message)
         self._pieces.extend(chunk(event) for event in events)
         if events:
             self._pieces.append(_LAST_CHUNK)

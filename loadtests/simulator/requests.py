@@ -1,11 +1,11 @@
 """A body to what the engine must do, with vLLM's checks and vLLM's sentences where it refuses. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
-from simulator.answers import natural_tokens, prompt_tokens
+from simulator.answers import Layout, chat_layout, completion_layout, natural_tokens, prompt_tokens
 from simulator.options import Options
 from simulator.shapes import error_body
 
@@ -39,7 +39,11 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class Work:
-    """One request for generation, checked. `tokens` are completion tokens of each of `count` choices."""
+    """One request for generation, checked. `tokens` are completion tokens of each of `count` choices.
+
+    `spoken`: those before the answer's end, fewer where ignore_eos made the model go on. `tool`: the name of the one
+    to call, "" for none; `named` where the client chose it. `logprobs`: how many alternatives, -1 without logprobs.
+    """
 
     api: str
     model: str
@@ -55,6 +59,19 @@ class Work:
     priority: int = 0
     request_id: str = ""
     salt: str = ""
+    spoken: int = 0
+    tool: str = ""
+    named: bool = False
+    logprobs: int = -1
+
+    def layout(self) -> Layout:
+        """Which tokens are what. After the end of a chat's answer vLLM's Harmony parser swallows every token."""
+        if self.api == "completions":
+            return completion_layout(self.tokens)
+        if self.spoken == self.tokens:
+            return chat_layout(self.tokens, self.finish_reason)
+        answer = chat_layout(self.spoken, "stop")
+        return replace(answer, tail=answer.tail + self.tokens - self.spoken)
 
     def block_hashes(self, block_tokens: int) -> tuple[int, ...]:
         """A chain of hashes over the prompt's full blocks, starting from the salt."""
@@ -143,8 +160,9 @@ def read_work(path: str, body: bytes, options: Options) -> Work:
         raise _invalid("max_tokens", "Field required")
     told = _integer(fields, "sim_prompt_tokens")
     length = prompt_tokens(prompt) if told is None else max(1, told)
-    tokens, finish_reason = _length(api, fields, prompt, length, options)
+    tokens, finish_reason, spoken = _length(api, fields, prompt, length, options)
     work = Work(api, model, tuple(fields), prompt, length, tokens, finish_reason)
+    work.spoken = spoken
     work.stream = _flag(fields, "stream")
     work.count = max(1, _integer(fields, "n") or 1) if api in ("chat", "completions") else 1
     work.priority = _integer(fields, "priority") or 0
@@ -154,7 +172,61 @@ def read_work(path: str, body: bytes, options: Options) -> Work:
         raise _invalid("cache_salt", "Parameter 'cache_salt' must be a non-empty string if provided.")
     work.salt = salt if isinstance(salt, str) else ""
     _read_stream_options(work, _value(fields, "stream_options"))
+    _read_tools(work, fields)
+    _read_logprobs(work, fields)
     return work
+
+
+def _read_tools(work: Work, fields: dict[str, msgspec.Raw]) -> None:
+    """The tool to call: the one that tool_choice names, the first where some tool must be called. With "auto" this
+    model never calls one."""
+    tools, choice = _value(fields, "tools"), _value(fields, "tool_choice")
+    if work.api == "completions":
+        return
+    if tools == [] and work.api == "chat":
+        text = "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely."
+        raise Refused(400, text, "BadRequestError", "tools")
+    if choice in (None, "none", "auto") or (isinstance(choice, dict) and choice.get("type") in ("none", "auto")):
+        return
+    if not isinstance(tools, list) or not tools:
+        raise Refused(400, "When using `tool_choice`, `tools` must be set.", "BadRequestError", "tool_choice")
+    names = [_tool_name(tool) for tool in tools]
+    if isinstance(choice, dict) and choice.get("type") != "any":
+        work.tool, work.named = _tool_name(choice), True
+    elif choice == "required" or isinstance(choice, dict):
+        work.tool = names[0]
+    else:
+        text = (
+            f'Invalid value for `tool_choice`: {choice}! Only named tools, "none", "auto" or "required" are supported.'
+        )
+        raise Refused(400, text, "BadRequestError", "tool_choice")
+    if not work.tool or work.tool not in names:
+        text = "The tool specified in `tool_choice` does not match any of the specified `tools`"
+        raise Refused(400, text, "BadRequestError", "tool_choice")
+
+
+def _tool_name(tool: Any) -> str:
+    """Of a tool or of a choice: chat has it in `function`, the others beside the type."""
+    holder = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = holder.get("name") if isinstance(holder, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _read_logprobs(work: Work, fields: dict[str, msgspec.Raw]) -> None:
+    if work.api == "completions":
+        wanted = _integer(fields, "logprobs")
+        work.logprobs = -1 if wanted is None else max(0, wanted)
+    elif work.api == "chat":
+        top = _integer(fields, "top_logprobs") or 0
+        if _flag(fields, "logprobs"):
+            work.logprobs = top
+        elif top:
+            text = "when using `top_logprobs`, `logprobs` must be set to true."
+            raise Refused(400, text, "BadRequestError", "top_logprobs")
+    elif work.api == "responses":
+        include = _value(fields, "include")
+        if isinstance(include, list) and "message.output_text.logprobs" in include:
+            raise Refused(400, "logprobs are not supported with gpt-oss models", "invalid_request_error", "logprobs")
 
 
 def _read_stream_options(work: Work, wanted: Any) -> None:
@@ -169,8 +241,10 @@ def _read_stream_options(work: Work, wanted: Any) -> None:
     work.continuous = work.include_usage and bool(wanted.get("continuous_usage_stats"))
 
 
-def _length(api: str, fields: dict[str, msgspec.Raw], prompt: bytes, length: int, options: Options) -> tuple[int, str]:
-    """Completion tokens and why they end."""
+def _length(
+    api: str, fields: dict[str, msgspec.Raw], prompt: bytes, length: int, options: Options
+) -> tuple[int, str, int]:
+    """Completion tokens, why they end, and how many of them stand before the answer's end."""
     limit, name = None, _LIMIT_FIELDS[api][0]
     for candidate in _LIMIT_FIELDS[api]:
         value = _integer(fields, candidate)
@@ -188,7 +262,9 @@ def _length(api: str, fields: dict[str, msgspec.Raw], prompt: bytes, length: int
     forced = _integer(fields, "sim_output_tokens")
     natural = natural_tokens(prompt) if forced is None else max(1, forced)
     natural = max(natural, _integer(fields, "min_tokens") or 0)
-    return (limit, "length") if natural > limit else (natural, "stop")
+    if api != "messages" and _flag(fields, "ignore_eos"):  # Messages has no such field
+        return limit, "length", min(natural, limit)
+    return (limit, "length", limit) if natural > limit else (natural, "stop", natural)
 
 
 def _too_long(api: str, length: int, limit: int | None, context: int) -> str:

@@ -28,10 +28,12 @@ REQUEST_KINDS = {
     "wrong_length": "a content-length that is too `length`: short or long",
     "garbage": "bytes that are not HTTP, at `point`: head or chunk",
     "huge_head": "one header of `size` bytes",
-    "stream_error": "vLLM's error event and [DONE] after `after_events` events; 500 if not streamed",
+    "stream_error": "vLLM's error event and [DONE] after `after_events` events; 500 if not streamed; says `message`",
+    "harmony": "as stream_error, and says what Harmony's parser says (vLLM up to 0.31, with ignore_eos)",
     "role_done": "a role chunk, then [DONE], no finish_reason: a draining vLLM",
     "no_done": "a stream that ends well framed, without [DONE]",
-    "leak": "Harmony's special tokens in the text",
+    "leak": "Harmony's special tokens where the text begins",
+    "leak_tool_name": "a tool call whose name has a special token in it, whatever was asked; a leak on completions",
 }
 POINTS = ("start", "head", "after_head", "chunk", "event", "boundary")
 
@@ -51,7 +53,7 @@ class Rule(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     after_requests: int = 0
     point: str = ""
     status: int = 500
-    message: str = "cannot schedule new futures after shutdown"
+    message: str = ""  # if none is given, what vLLM says there
     error_type: str = ""
     seconds: float = 0
     length: str = "long"
@@ -61,6 +63,11 @@ class Rule(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     retry_after: str = ""
 
 
+_DEFAULT_MESSAGE = {
+    "status": "cannot schedule new futures after shutdown",
+    "stream_error": "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+    "harmony": "Unexpected token 200002 while expecting start token 200006",
+}
 _DEFAULT_POINT = {"reset": "start", "cut": "chunk", "half_close": "boundary", "garbage": "head"}
 
 
@@ -70,6 +77,7 @@ def parse_rule(document: bytes) -> Rule:
     if rule.kind not in ENGINE_KINDS and rule.kind not in REQUEST_KINDS:
         raise ValueError(f"no kind {rule.kind!r}; there are: {', '.join([*ENGINE_KINDS, *REQUEST_KINDS])}")
     rule.point = rule.point or _DEFAULT_POINT.get(rule.kind, "")
+    rule.message = rule.message or _DEFAULT_MESSAGE.get(rule.kind, "")
     if rule.kind == "garbage" and rule.point not in ("head", "chunk"):
         raise ValueError(f"garbage has no point {rule.point!r}; it has head and chunk")
     if rule.point and rule.point not in POINTS:

@@ -4,11 +4,13 @@ A writer is made for each request; `opening`, `token` and `closing` return whole
 The parts of an event that do not change are encoded once a request, because tens of thousands are made a second.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
 
+from simulator import calls, logprobs
 from simulator.answers import Layout, content_text, reasoning_text
 
 FINGERPRINT = "vllm-0.32.0-sim"
@@ -17,7 +19,9 @@ _WORDS = [f"tok{index}" if index == 0 else f" tok{index}" for index in range(CAC
 _THOUGHTS = [f"think{index}" if index == 0 else f" think{index}" for index in range(16)]
 WORDS = [word.encode() for word in _WORDS]
 THOUGHTS = [thought.encode() for thought in _THOUGHTS]
-LEAK = b"<|channel|>analysis<|message|>"
+# What vLLM 0.32 makes of a message begun inside another: text, one delta for each token.
+LEAK_PIECES = ("<|start|>", "assistant", "<|channel|>", "final", "<|message|>")
+LEAK = "".join(LEAK_PIECES)
 
 encode = msgspec.json.Encoder().encode
 
@@ -39,16 +43,21 @@ def error_body(status: int, message: str, error_type: str, param: str | None = N
     return encode({"error": {"message": message, "type": error_type, "param": param, "code": status}})
 
 
-ENGINE_DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-STREAM_ERROR = b"data: " + error_body(500, ENGINE_DEAD, "InternalServerError") + b"\n\n"
+def stream_error(message: str) -> bytes:
+    """An error inside a 200: json.dumps writes it, with its spaces."""
+    error = {"message": message, "type": "InternalServerError", "param": None, "code": 500}
+    return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+
+
 DONE = b"data: [DONE]\n\n"
 
 
 class Answer:
-    """What every writer knows of its request. `count` is how many choices (n)."""
+    """What every writer knows of its request. `count` is how many choices (n); `call` the tool's name it calls, ""
+    for a text; `named` whether the client chose it; `logprobs` how many alternatives, -1 without logprobs."""
 
-    __slots__ = ("api", "cached_details", "continuous", "count", "created", "finish_reason", "id", "include_usage",
-                 "layout", "leak", "model", "sequence")  # fmt: skip
+    __slots__ = ("api", "cached_details", "call", "continuous", "count", "created", "finish_reason", "id",
+                 "include_usage", "layout", "leak", "logprobs", "model", "named", "sequence")  # fmt: skip
 
     def __init__(self, api: str, identity: str, model: str, created: int, layout: Layout, finish_reason: str) -> None:
         self.api = api
@@ -62,6 +71,9 @@ class Answer:
         self.continuous = False
         self.cached_details = False
         self.leak = False
+        self.call = ""
+        self.named = False
+        self.logprobs = -1
         self.sequence: Counted
 
     def usage(self) -> dict[str, Any]:
@@ -78,7 +90,33 @@ class Answer:
         return usage
 
     def content(self) -> str:
-        return (LEAK.decode() if self.leak else "") + content_text(self.layout.content)
+        return (LEAK if self.leak else "") + content_text(self.layout.content)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no limit cut it."""
+        return self.finish_reason == "stop"
+
+    @property
+    def calls_tool(self) -> bool:
+        """Whether there is a call in it: a limit may have cut before."""
+        return bool(self.call and self.layout.content)
+
+    def arguments(self) -> str:
+        return calls.arguments(self.layout.content, self.whole)
+
+    def call_id(self, choice: int = 0) -> str:
+        return f"chatcmpl-tool-{hash((self.id, choice)) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+    def chat_reason(self) -> str:
+        """The finish_reason: a tool that the client named ends with stop."""
+        return "tool_calls" if self.calls_tool and self.whole and not self.named else self.finish_reason
+
+    def chat_stop(self) -> int | None:
+        return calls.CALL_TOKEN if self.call and self.whole else None
+
+    def token_text(self, index: int) -> str:
+        return logprobs.token_text(self.layout, index, self.call, self.whole)
 
     def reasoning(self) -> str | None:
         return reasoning_text(self.layout.reasoning) if self.layout.reasoning else None
@@ -86,9 +124,10 @@ class Answer:
 
 def chat_body(answer: Answer, aborted: bool = False) -> bytes:
     """A whole chat completion. `aborted`: as a draining vLLM answers."""
+    called = answer.calls_tool and not aborted
     message: dict[str, Any] = {
         "role": "assistant",
-        "content": "" if aborted else answer.content() or None,
+        "content": "" if aborted or called else answer.content() or None,
         "refusal": None,
         "annotations": None,
         "audio": None,
@@ -96,7 +135,15 @@ def chat_body(answer: Answer, aborted: bool = False) -> bytes:
         "tool_calls": [],
         "reasoning": None if aborted else answer.reasoning(),
     }
-    reason = "abort" if aborted else answer.finish_reason
+    reason = "abort" if aborted else answer.chat_reason()
+    told = None
+    if answer.logprobs >= 0 and not aborted:
+        told = logprobs.chat([answer.token_text(at) for at in range(answer.layout.total)], answer.logprobs)
+    text = calls.rewritten(answer.arguments()) if called else ""
+
+    def spoken(index: int) -> dict[str, Any]:
+        return {**message, "tool_calls": [calls.chat_call(answer.call_id(index), answer.call, text)] if called else []}
+
     return encode(
         {
             "id": answer.id,
@@ -106,10 +153,10 @@ def chat_body(answer: Answer, aborted: bool = False) -> bytes:
             "choices": [
                 {
                     "index": index,
-                    "message": message,
-                    "logprobs": None,
+                    "message": spoken(index),
+                    "logprobs": told,
                     "finish_reason": reason,
-                    "stop_reason": None,
+                    "stop_reason": answer.chat_stop(),
                     "token_ids": None,
                 }
                 for index in range(answer.count)
@@ -126,6 +173,9 @@ def chat_body(answer: Answer, aborted: bool = False) -> bytes:
 
 def completion_body(answer: Answer, aborted: bool = False) -> bytes:
     """A whole text completion."""
+    told = None
+    if answer.logprobs >= 0 and not aborted:
+        told = logprobs.completion([answer.token_text(at) for at in range(answer.layout.total)], answer.logprobs)
     return encode(
         {
             "id": answer.id,
@@ -136,7 +186,7 @@ def completion_body(answer: Answer, aborted: bool = False) -> bytes:
                 {
                     "index": index,
                     "text": "" if aborted else answer.content(),
-                    "logprobs": None,
+                    "logprobs": told,
                     "finish_reason": "abort" if aborted else answer.finish_reason,
                     "stop_reason": None,
                     "token_ids": None,
@@ -158,7 +208,9 @@ def message_body(answer: Answer, aborted: bool = False) -> bytes:
     content: list[dict[str, Any]] = []
     if not aborted and answer.layout.reasoning:
         content.append({"type": "thinking", "thinking": answer.reasoning(), "signature": signature(answer)})
-    if not aborted and answer.layout.content:
+    if not aborted and answer.calls_tool:
+        content.append(calls.message_block(answer.call_id(), answer.call, answer.arguments()))
+    elif not aborted and answer.layout.content:
         content.append({"type": "text", "text": answer.content()})
     return encode(
         {
@@ -167,13 +219,16 @@ def message_body(answer: Answer, aborted: bool = False) -> bytes:
             "role": "assistant",
             "content": content,
             "model": answer.model,
-            "stop_reason": None if aborted else STOP_REASONS[answer.finish_reason],
+            "stop_reason": None if aborted else stop_reason(answer),
             "usage": message_usage(answer),
         }
     )
 
 
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+def stop_reason(answer: Answer) -> str:
+    if not answer.whole:
+        return "max_tokens"
+    return "tool_use" if answer.calls_tool else "end_turn"
 
 
 def signature(answer: Answer) -> str:
@@ -207,6 +262,8 @@ class ChatWriter:
         self._content = [b"%b%b" % (self._base, self._delta(i, b"content")) for i in range(answer.count)]
         self._reasoning = [b"%b%b" % (self._base, self._delta(i, b"reasoning")) for i in range(answer.count)]
         self._tail = b'"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+        # the others are made of parts that do not change
+        self._by_hand = bool(answer.call) or answer.leak or answer.logprobs >= 0
 
     @staticmethod
     def _delta(index: int, name: bytes) -> bytes:
@@ -222,10 +279,10 @@ class ChatWriter:
         return self._text(number - 1)
 
     def _text(self, index: int) -> list[bytes]:
+        if self._by_hand:
+            return self._unusual(index)
         if self._say_from <= index < self._say_to:
             text, heads = word(index - self._say_from), self._content
-            if self.answer.leak and index == self._say_from:
-                text = LEAK + text
         elif self._think_from <= index < self._think_to:
             text, heads = THOUGHTS[index - self._think_from], self._reasoning
         else:
@@ -234,6 +291,44 @@ class ChatWriter:
             return [head + text + self._last_tail() for head in heads]
         tail = self._usage_tail(self._tail) if self.answer.continuous else self._tail
         return [head + text + tail for head in heads]
+
+    def _unusual(self, index: int) -> list[bytes]:
+        """As `_text`, where a tool is called, logprobs are wanted, or something leaks."""
+        answer = self.answer
+        deltas: list[dict[str, Any]] = []
+        at = index - self._say_from
+        if self._say_from <= index < self._say_to:
+            if answer.call:
+                deltas.append(calls.next_delta(calls.piece(at, answer.layout.content, answer.whole)))
+            else:
+                leaked = LEAK_PIECES if answer.leak and at == 0 else ()
+                deltas += [{"content": text} for text in (*leaked, word(at).decode())]
+        elif self._think_from <= index < self._think_to:
+            deltas.append({"reasoning": THOUGHTS[index - self._think_from].decode()})
+        elif answer.logprobs >= 0 and (index + 1 < answer.layout.total or index < self._say_to):
+            deltas.append({})  # a hidden token, told for its logprobs; the last one's are with the finish reason
+        last = index + 1 == answer.layout.total and not answer.whole
+        events = []
+        for choice in range(answer.count):
+            if answer.call and index == self._say_from:
+                events.append(self._choice(choice, calls.first_delta(answer.call_id(choice), answer.call)))
+            for number, delta in enumerate(deltas):
+                final = number + 1 == len(deltas)
+                events.append(self._choice(choice, delta, index if final else -1, "length" if last and final else ""))
+        return events
+
+    def _choice(self, choice: int, delta: dict[str, Any], index: int = -1, reason: str = "") -> bytes:
+        """An event of one choice. `index`: the token whose logprobs are told, -1 for none."""
+        answer = self.answer
+        told = logprobs.chat([answer.token_text(index)], answer.logprobs) if index >= 0 <= answer.logprobs else None
+        document: dict[str, Any] = {"index": choice, "delta": delta, "logprobs": told, "finish_reason": reason or None}
+        if reason:
+            document["stop_reason"] = answer.chat_stop()
+        tail = encode({**document, "token_ids": None}) + b"]"
+        if reason:
+            tail += b',"system_fingerprint":"%b"' % FINGERPRINT.encode()
+        tail += b"}\n\n"
+        return self._base + (self._usage_tail(tail) if answer.continuous else tail)
 
     def _last_tail(self) -> bytes:
         tail = b'"},"logprobs":null,"finish_reason":"length","stop_reason":null,"token_ids":null}],' + (
@@ -261,13 +356,11 @@ class ChatWriter:
     def closing(self) -> list[bytes]:
         """Everything after the last token, [DONE] included."""
         events = []
-        if self.answer.finish_reason == "stop":
-            for index in range(self.answer.count):
-                tail = (
-                    b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null,'
-                    b'"token_ids":null}],"system_fingerprint":"%b"}\n\n'
-                ) % (index, FINGERPRINT.encode())
-                events.append(self._base + (self._usage_tail(tail) if self.answer.continuous else tail))
+        # the last token of an answer that a limit cut bears the reason, unless it was one that the parser swallowed
+        if self.answer.whole or self.answer.layout.tail:
+            last = self.answer.layout.total - 1 if self.answer.layout.tail else -1
+            reason = self.answer.chat_reason()
+            events += [self._choice(choice, {}, last, reason) for choice in range(self.answer.count)]
         if self.answer.include_usage:
             events.append(
                 self._base + b'],"system_fingerprint":"%b","usage":' % FINGERPRINT.encode()
@@ -275,9 +368,9 @@ class ChatWriter:
             )  # fmt: skip
         return [*events, DONE]
 
-    def failure(self) -> list[bytes]:
-        """How vLLM ends a stream when its engine dies."""
-        return [STREAM_ERROR, DONE]
+    def failure(self, message: str) -> list[bytes]:
+        """How vLLM ends a stream when its engine dies, or its parser raises."""
+        return [stream_error(message), DONE]
 
     def abandoned(self) -> list[bytes]:
         """How a draining vLLM answers a new request."""
@@ -293,6 +386,7 @@ class CompletionWriter:
         self._base = b"data: " + base[:-1] + b',"choices":['
         self._heads = [self._base + b'{"index":%d,"text":"' % index for index in range(answer.count)]
         self._tail = self._ending(b"null")
+        self._offset = 0
 
     @staticmethod
     def _ending(reason: bytes) -> bytes:
@@ -310,8 +404,12 @@ class CompletionWriter:
             usage = {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
             tail = b'%b,"usage":%b}\n\n' % (tail[:-3], encode(usage))
         text = word(number - 1)
+        if self.answer.logprobs >= 0:
+            told = logprobs.completion([text.decode()], self.answer.logprobs, self._offset)
+            tail = tail.replace(b'"logprobs":null', b'"logprobs":' + encode(told), 1)
+            self._offset += len(text)
         if self.answer.leak and number == 1:
-            text = LEAK + text
+            text = LEAK.encode() + text
         return [head + text + tail for head in self._heads]
 
     def closing(self) -> list[bytes]:
@@ -320,8 +418,8 @@ class CompletionWriter:
             events.append(self._base + b'],"usage":' + encode(self.answer.usage()) + b"}\n\n")
         return [*events, DONE]
 
-    def failure(self) -> list[bytes]:
-        return [STREAM_ERROR, DONE]
+    def failure(self, message: str) -> list[bytes]:
+        return [stream_error(message), DONE]
 
     def abandoned(self) -> list[bytes]:
         return [DONE]
@@ -357,12 +455,22 @@ class MessageWriter:
         elif self._say_from <= index < self._say_to:
             if index == self._say_from:
                 events += self._stop_thinking()
-                events.append(self._block(self._text_index, {"type": "text", "text": ""}))
+                events.append(self._block(self._text_index, self._opened()))
+            place = b"%d" % self._text_index
+            if self.answer.call:
+                text = encode(calls.piece(index - self._say_from, self.answer.layout.content, self.answer.whole))
+                events.append(self._change(place, b'"type":"input_json_delta","partial_json":%b' % text))
+                return events
+            for leaked in LEAK_PIECES if self.answer.leak and index == self._say_from else ():
+                events.append(self._change(place, b'"type":"text_delta","text":"%b"' % leaked.encode()))
             text = word(index - self._say_from)
-            if self.answer.leak and index == self._say_from:
-                text = LEAK + text
-            events.append(self._change(b"%d" % self._text_index, b'"type":"text_delta","text":"%b"' % text))
+            events.append(self._change(place, b'"type":"text_delta","text":"%b"' % text))
         return events
+
+    def _opened(self) -> dict[str, Any]:
+        if self.answer.call:
+            return calls.message_block(self.answer.call_id(), self.answer.call, "")
+        return {"type": "text", "text": ""}
 
     @staticmethod
     def _change(index: bytes, delta: bytes) -> bytes:
@@ -400,13 +508,16 @@ class MessageWriter:
         if self.answer.layout.content:
             index = self._text_index
             events.append(_named("content_block_stop", {"type": "content_block_stop", "index": index}))
-        delta = {"stop_reason": STOP_REASONS[self.answer.finish_reason]}
+        delta = {"stop_reason": stop_reason(self.answer)}
         document = {"type": "message_delta", "delta": delta, "usage": message_usage(self.answer)}
         return [*events, _named("message_delta", document), _named("message_stop", {"type": "message_stop"})]
 
-    def failure(self) -> list[bytes]:
-        error = {"type": "internal_error", "message": "1 validation error for ChatCompletionStreamResponse"}
-        return [_named("error", {"type": "error", "error": error})]
+    def failure(self, message: str) -> list[bytes]:
+        """vLLM takes chat's error for a chunk, and says what is wrong with that; pydantic shortens what was meant."""
+        given = f"[type=missing, input_value={{'error': {{'message': '{message[:2]}...am': None, 'code': 500}}}}"
+        fields = "".join(f"\n{name}\n  Field required {given}, input_type=dict]" for name in ("model", "choices"))
+        told = f"2 validation errors for ChatCompletionStreamResponse{fields}"
+        return [_named("error", {"type": "error", "error": {"type": "internal_error", "message": told}})]
 
     def abandoned(self) -> list[bytes]:
         return [*self._start(), _named("message_stop", {"type": "message_stop"})]
@@ -447,14 +558,35 @@ class ResponseWriter:
             if index + 1 == self._think_to:
                 events += self._close_reasoning()
         elif self._say_from <= index < self._say_to:
+            if self.answer.call:
+                return events + self._argument(index - self._say_from)
             if index == self._say_from:
                 events += self._open_message()
-            delta = word(index - self._say_from).decode()
-            if self.answer.leak and index == self._say_from:
-                delta = LEAK.decode() + delta
+            leaked = LEAK_PIECES if self.answer.leak and index == self._say_from else ()
             at = self._message_at
-            events.append(self._part_event("output_text.delta", self._message_id, at, delta=delta, logprobs=[]))
+            for delta in (*leaked, word(index - self._say_from).decode()):
+                events.append(self._part_event("output_text.delta", self._message_id, at, delta=delta, logprobs=[]))
         return events
+
+    def _argument(self, index: int) -> list[bytes]:
+        """A token of a tool call's arguments; the first announces the call."""
+        answer, at, identity = self.answer, self._message_at, self.answer.id.removeprefix("resp_")
+        events = []
+        if index == 0:
+            item = calls.response_item(identity, answer.call, "", "in_progress")
+            events.append(self._event("response.output_item.added", item=item, output_index=at))
+        delta = calls.piece(index, answer.layout.content, answer.whole)
+        kind = "response.function_call_arguments.delta"
+        return [*events, self._event(kind, delta=delta, item_id=f"fc_{identity}", output_index=at)]
+
+    def _close_call(self) -> list[bytes]:
+        answer, at, identity = self.answer, self._message_at, self.answer.id.removeprefix("resp_")
+        text, kind = answer.arguments(), "response.function_call_arguments.done"
+        item = calls.response_item(identity, answer.call, text, "completed")
+        return [
+            self._event(kind, arguments=text, item_id=f"fc_{identity}", name=answer.call, output_index=at),
+            self._event("response.output_item.done", item=item, output_index=at),
+        ]
 
     def _part_event(self, kind: str, item: str, at: int, **document: Any) -> bytes:
         return self._event(f"response.{kind}", content_index=0, item_id=item, output_index=at, **document)
@@ -489,7 +621,9 @@ class ResponseWriter:
 
     def closing(self) -> list[bytes]:
         events: list[bytes] = []
-        if self.answer.layout.content:
+        if self.answer.calls_tool:
+            events += self._close_call()
+        elif self.answer.layout.content:
             at, text = self._message_at, self.answer.content()
             part: dict[str, Any] = {"annotations": [], "text": text, "type": "output_text", "logprobs": None}
             item = message_item(self.answer, self._message_id)
@@ -501,8 +635,8 @@ class ResponseWriter:
         events.append(self._event("response.completed", response=response_document(self.answer, status)))
         return events
 
-    def failure(self) -> list[bytes]:
-        """None: vLLM breaks the chunked body of a response whose engine dies."""
+    def failure(self, message: str) -> list[bytes]:
+        """None: vLLM breaks the chunked body of a response whose engine dies, or whose parser raises."""
         return []
 
     def abandoned(self) -> list[bytes]:
@@ -534,7 +668,10 @@ def response_document(answer: Answer, status: str, empty: bool = False) -> dict[
     if not running and not empty:
         if answer.layout.reasoning:
             output.append(reasoning_item(answer, f"rs_{identity}"))
-        if answer.layout.content:
+        if answer.calls_tool:
+            state = "completed" if answer.whole else "incomplete"
+            output.append(calls.response_item(identity, answer.call, answer.arguments(), state))
+        elif answer.layout.content:
             output.append(message_item(answer, f"msg_{identity}"))
     return {
         "id": answer.id,

@@ -1,6 +1,8 @@
 """The official clients, unmodified, against the simulated engine."""
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import anthropic
 import openai
@@ -175,3 +177,162 @@ def test_the_same_prompt_is_found_in_the_prefix_cache(client: openai.OpenAI) -> 
     assert prompt - 16 <= again < prompt
     assert cached(text, "b")[0] == 0
     assert again // 2 < cached(text + " and more", "a")[0] <= again
+
+
+FUNCTION = {"name": "look_up", "parameters": {"type": "object", "properties": {"text": {"type": "string"}}}}
+OTHER = {"name": "other", "parameters": {"type": "object", "properties": {}}}
+TOOLS: Any = [{"type": "function", "function": function} for function in (FUNCTION, OTHER)]
+FLAT_TOOLS: Any = [{"type": "function", **function} for function in (FUNCTION, OTHER)]
+CLAUDES_TOOLS: Any = [{"name": "look_up", "input_schema": FUNCTION["parameters"]}]
+ARGUMENTS = {"text": content_text(LAYOUT.content - 2)}
+NAMED: Any = {"type": "function", "function": {"name": "other"}}
+OUTPUT = {"sim_output_tokens": TOKENS}
+
+
+@pytest.mark.parametrize(
+    ("choice", "name", "reason"), [("required", "look_up", "tool_calls"), (NAMED, "other", "stop")]
+)
+def test_a_tool_call(client: openai.OpenAI, choice: Any, name: str, reason: str) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, tools=TOOLS, tool_choice=choice, extra_body=OUTPUT
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == ("function", name, ARGUMENTS)
+    assert answer.choices[0].message.content == ""
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == (reason, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("choice", "name", "reason"), [("required", "look_up", "tool_calls"), (NAMED, "other", "stop")]
+)
+def test_a_tool_call_streamed(client: openai.OpenAI, choice: Any, name: str, reason: str) -> None:
+    chunks = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, tools=TOOLS, tool_choice=choice, stream=True, extra_body=OUTPUT
+    )
+    choices = [chunk.choices[0] for chunk in chunks]
+    called = [choice.delta.tool_calls[0] for choice in choices if choice.delta.tool_calls]
+    assert called[0].function.name == name
+    assert called[0].id
+    assert not any(part.id or part.function.name for part in called[1:])
+    assert json.loads("".join(part.function.arguments for part in called)) == ARGUMENTS
+    assert choices[-1].finish_reason == reason
+    assert choices[-1].model_extra["stop_reason"] == 200012
+
+
+def test_the_clients_own_assembly_of_a_streamed_call(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model=MODEL, messages=QUESTION, tools=TOOLS, tool_choice="required", extra_body=OUTPUT
+    ) as stream:
+        message = stream.get_final_completion().choices[0].message
+    assert json.loads(message.tool_calls[0].function.arguments) == ARGUMENTS
+    assert message.tool_calls[0].function.name == "look_up"
+
+
+def test_with_auto_no_tool_is_called(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, tools=TOOLS, extra_body=OUTPUT)
+    assert answer.choices[0].message.content == TEXT
+    assert not answer.choices[0].message.tool_calls
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 12])
+def test_a_short_call_and_one_that_a_limit_cut(client: openai.OpenAI, tokens: int) -> None:
+    for limit in (tokens, tokens + 1):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=QUESTION, tools=TOOLS, tool_choice="required", max_tokens=tokens,
+            extra_body={"sim_output_tokens": limit},
+        )  # fmt: skip
+        chunks = client.chat.completions.create(
+            model=MODEL, messages=QUESTION, tools=TOOLS, tool_choice="required", max_tokens=tokens, stream=True,
+            extra_body={"sim_output_tokens": limit},
+        )  # fmt: skip
+        choices = [chunk.choices[0] for chunk in chunks]
+        streamed = "".join(part.delta.tool_calls[0].function.arguments for part in choices if part.delta.tool_calls)
+        given = answer.choices[0].message.tool_calls[0].function.arguments
+        assert choices[-1].finish_reason == answer.choices[0].finish_reason
+        if limit == tokens:
+            assert json.loads(streamed) == json.loads(given)
+        else:
+            assert streamed == given
+            assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    ({"tool_choice": "required"}, "`tools` must be set"),
+    ({"tools": [], "tool_choice": "required"}, "must not be an empty array"),
+    ({"tools": TOOLS, "tool_choice": "any"}, "Invalid value for `tool_choice`"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "does not match any"),
+    ({"top_logprobs": 2}, "`logprobs` must be set"),
+])  # fmt: skip
+def test_what_vllm_refuses(client: openai.OpenAI, more: Any, words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words):
+        client.chat.completions.create(model=MODEL, messages=QUESTION, extra_body=more)
+
+
+def test_a_tool_call_of_responses(client: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "input": "a", "tools": FLAT_TOOLS, "extra_body": OUTPUT}
+    choice: Any = {"type": "function", "name": "other"}
+    item = client.responses.create(**asked, tool_choice=choice).output[-1]
+    assert (item.type, item.name, json.loads(item.arguments)) == ("function_call", "other", ARGUMENTS)
+    events = list(client.responses.create(**asked, tool_choice="required", stream=True))
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    done = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert json.loads("".join(deltas)) == json.loads(done[0].arguments) == ARGUMENTS
+    assert events[-1].response.output[-1].name == "look_up"
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_a_tool_call_of_messages(claude: anthropic.Anthropic) -> None:
+    asked: Any = {"model": MODEL, "messages": QUESTION, "max_tokens": 100, "tools": CLAUDES_TOOLS, "extra_body": OUTPUT}
+    asked["tool_choice"] = {"type": "any"}
+    answer = claude.messages.create(**asked)
+    with claude.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    for message in (answer, streamed):
+        assert (message.content[-1].type, message.content[-1].name) == ("tool_use", "look_up")
+        assert message.content[-1].input == ARGUMENTS
+        assert message.stop_reason == "tool_use"
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": QUESTION, "logprobs": True, "top_logprobs": 2, "extra_body": OUTPUT}
+    told = client.chat.completions.create(**asked).choices[0].logprobs.content
+    assert len(told) == TOKENS  # the hidden ones too
+    before, between = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert "".join(entry.token for entry in told) == f"{before}{REASONING}{between}{TEXT}<|return|>"
+    assert all(entry.top_logprobs[0].token == entry.token and len(entry.top_logprobs) == 2 for entry in told)
+    choices = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content] == told
+    assert "".join(choice.delta.content or "" for choice in choices) == TEXT
+    assert len(choices) == 1 + TOKENS
+    assert choices[-1].finish_reason == "stop"
+
+
+def test_logprobs_of_completions(client: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "prompt": "a", "logprobs": 1, "max_tokens": 5}
+    told = client.completions.create(**asked).choices[0].logprobs
+    assert (told.tokens, told.text_offset) == (["tok0", " tok1", " tok2", " tok3", " tok4"], [0, 4, 9, 14, 19])
+    assert [len(top) for top in told.top_logprobs] == [2] * 5
+    parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert [token for part in parts for token in part.tokens] == told.tokens
+    assert [offset for part in parts for offset in part.text_offset] == told.text_offset
+
+
+def test_logprobs_of_responses_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="not supported with gpt-oss"):
+        client.responses.create(model=MODEL, input="a", include=["message.output_text.logprobs"])
+
+
+def test_ignore_eos_generates_what_nobody_sees(client: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": QUESTION, "max_tokens": 100, "extra_body": {**OUTPUT, "ignore_eos": True}}
+    answer = client.chat.completions.create(**asked)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (TEXT, "length")
+    assert answer.usage.completion_tokens == 100
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == TEXT
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 100
+    # a text completion has no parser, and so every token
+    whole = client.completions.create(
+        model=MODEL, prompt="a", max_tokens=100, extra_body={**OUTPUT, "ignore_eos": True}
+    )  # fmt: skip
+    assert whole.choices[0].text == content_text(100)

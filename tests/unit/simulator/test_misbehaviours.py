@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vitalis_serve.gateway.harmony import failure, leak
 
 from tests.support import client, simulator
 from tests.support.client import Ended
@@ -285,7 +286,56 @@ def test_huge_head(engine: Simulator, wire: client.Wire) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_leaked_tokens(engine: Simulator, path: str, stream: bool) -> None:
     engine.misbehave("leak")
-    assert b"<|channel|>" in client.ask(engine.address, ask(stream, path)).body
+    body = client.ask(engine.address, ask(stream, path)).body
+    assert b"<|channel|>" in body
+    assert leak(body) == "content"
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "/v1/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_leak_in_a_tools_name(engine: Simulator, path: str, stream: bool) -> None:
+    engine.misbehave("leak_tool_name")
+    body = client.ask(engine.address, ask(stream, path)).body
+    assert b'"name":"get<|start|>assistant"' in body
+    assert leak(body) == "tool_name"
+    engine.reset()
+    assert leak(client.ask(engine.address, ask(stream, path)).body) == ""
+
+
+HARMONY = "Unexpected token 200002 while expecting start token 200006"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_harmonys_parser_says_in_a_plain_answer(engine: Simulator, path: str) -> None:
+    engine.misbehave("harmony")
+    answer = client.ask(engine.address, ask(False, path))
+    error = {"message": HARMONY, "type": "InternalServerError", "param": None, "code": 500}
+    assert (answer.status, answer.json) == (500, {"error": error})
+    assert failure(answer.status, answer.body) == "unexpected_token"
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize(
+    "message", [HARMONY, 'unexpected tokens remaining in message header: Some("to=functions.get")']
+)
+def test_what_harmonys_parser_says_in_a_stream(engine: Simulator, after: int, message: str) -> None:
+    engine.misbehave("harmony", after_events=after, message=message)
+    answer = client.ask(engine.address, ask())
+    assert answer.status == 200
+    assert len(answer.events) == after + 2
+    assert answer.events[-1].data == "[DONE]"
+    assert answer.events[-2].json["error"]["message"] == message
+    assert answer.body.endswith(b', "param": null, "code": 500}}\n\ndata: [DONE]\n\n')  # written by json.dumps
+    assert failure(200, answer.events[-2].data.encode()) in ("unexpected_token", "header")
+
+
+def test_harmony_on_messages_and_responses_hides_its_words(engine: Simulator) -> None:
+    engine.misbehave("harmony", after_events=3)
+    error = client.ask(engine.address, ask(path="/v1/messages")).events[-1]
+    assert error.name == "error"
+    assert "input_value={'error': {'message': 'Un...am': None, 'code': 500}}" in error.json["error"]["message"]
+    with pytest.raises(Ended):
+        client.ask(engine.address, ask(path="/v1/responses"))
 
 
 def test_freeze(engine: Simulator, wire: client.Wire) -> None:
