@@ -41,7 +41,8 @@ FRAMEWORKS = {"fastapi", "starlette", "pydantic", "sqlalchemy", "alembic", "http
 ENGINE_LIBRARIES = {"vllm", "torch", "transformers"}
 PURE = ("fleet", "metrics", "errors", "supervise.lifecycle", "engines.command", "engines.placement", "engines.memory",
         "gateway.headers", "gateway.events", "gateway.paths", "gateway.admission", "gateway.seats", "gateway.routing",
-        "gateway.fairness", "gateway.pace", "gateway.prefix", "store.tables")  # fmt: skip
+        "gateway.fairness", "gateway.pace", "gateway.prefix", "gateway.body", "gateway.route_policy",
+        "gateway.guidance", "store.tables")  # fmt: skip
 IMPURE_LIBRARIES = {"asyncio", "socket", "time", "subprocess"}
 
 
