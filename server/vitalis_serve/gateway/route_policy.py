@@ -70,8 +70,10 @@ COMPLETION_TOKENS: Final = 16
 
 _encode = msgspec.json.Encoder().encode
 _as_int = msgspec.json.Decoder(int).decode
+_as_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _as_map = msgspec.json.Decoder(Fields).decode
 _NULL: Final = b"null"
+_MANY_PROMPTS: Final = re.compile(rb"\[[ \t\r\n]*[\"\[]")  # one prompt may be a list of tokens
 _EMPTY_LIST: Final = re.compile(rb"\[[ \t\r\n]*\]")
 _HASHES: Final = float(1 << 64)
 
@@ -123,7 +125,7 @@ def _score(seed: bytes, weight: "Weight") -> float:
 class _ApiPolicy:
     """Defaults and limits of one route for one API."""
 
-    __slots__ = ("_bounded", "_flat", "_length", "_lengths", "_min_tokens", "_nested", "_sized", "_unset")
+    __slots__ = ("_answers", "_bounded", "_flat", "_length", "_lengths", "_min_tokens", "_nested", "_sized", "_unset")
 
     def __init__(self, route: "Route", dialect: str) -> None:
         limits, defaults = route.limits, msgspec.structs.asdict(route.defaults)
@@ -152,6 +154,7 @@ class _ApiPolicy:
         self._bounded = tuple(
             (field, allowed[word]) for field, word in BOUNDED[dialect].items() if allowed[word] is not None
         )
+        self._answers = limits.n if dialect == "completions" else None
         size = limits.structured_output_bytes
         self._sized = tuple((field, size) for field in STRUCTURED[dialect]) if size is not None else ()
 
@@ -169,6 +172,8 @@ class _ApiPolicy:
                 raise ServeError(
                     "invalid_request", f"`{field}` is {value}; this model takes 0 to {limit}.", param=field
                 )
+        if self._answers is not None:
+            self._count_answers(fields, self._answers)
         for names, field, default in self._flat:
             if all(_absent(fields, name) for name in names):
                 fields[field] = default
@@ -180,6 +185,19 @@ class _ApiPolicy:
             value = _whole(fields, "min_tokens")
             if value is not None and value > self._min_tokens:
                 fields["min_tokens"] = _raw(self._min_tokens)
+
+    def _count_answers(self, fields: Fields, limit: int) -> None:
+        """A completion may bring many prompts, each with `n` answers: to the engine, as many requests."""
+        raw = fields.get("prompt")
+        if raw is None or not _MANY_PROMPTS.match(raw):
+            return
+        answers = len(_as_list(raw)) * (_whole(fields, "n") or 1)
+        if answers > limit:
+            raise ServeError(
+                "invalid_request",
+                f"`prompt` asks for {answers} answers; this model gives at most {limit} to one request.",
+                param="prompt",
+            )
 
     def _shorten(self, fields: Fields, limit: int) -> None:
         given = False

@@ -190,6 +190,30 @@ def test_what_costs_more_than_its_length_is_refused_above_its_limit(dialect: str
         assert "whole number" in refusal(rules, dialect, **{field: wrong}).message
 
 
+@pytest.mark.parametrize(
+    ("prompt", "n", "answers"),
+    [
+        ("x" * 50, 4, 4),
+        (["x"] * 4, 1, 4),
+        (["x"] * 2, 2, 4),
+        ([[1, 2], [3]], None, 2),
+        ([1] * 50, 1, 1),  # one prompt, as tokens
+        ([], 1, 0),
+        (["x"] * 5, None, 5),
+        (["x"] * 3, 2, 6),
+        ([[1]] * 5, 1, 5),
+    ],
+)
+def test_the_answers_of_a_completion_are_those_to_all_its_prompts(prompt: Any, n: int | None, answers: int) -> None:
+    rules = policy(limits={"n": 4})
+    if answers <= 4:
+        assert sent(rules, "completions", prompt=prompt, n=n) == {"prompt": prompt, "n": n}
+    else:
+        error = refusal(rules, "completions", prompt=prompt, n=n)
+        assert (error.code, error.param) == ("invalid_request", "prompt")
+        assert f"{answers} answers" in error.message
+
+
 @pytest.mark.parametrize(("dialect", "field"), [(d, f) for d, fields in STRUCTURED.items() for f in fields])
 def test_large_schemas_are_refused(dialect: str, field: str) -> None:
     rules = policy(limits={"structured_output_bytes": 40})
@@ -332,6 +356,7 @@ ROWS: tuple[tuple[tuple[str, ...], Any], ...] = (
     (("max_output_tokens",), HIGH),
     (("min_tokens",), HIGH),
     (("n",), HIGH),
+    (("prompt",), ["x"] * HIGH),
     (("logprobs",), HIGH),
     (("top_logprobs",), HIGH),
     (("prompt_logprobs",), HIGH),
