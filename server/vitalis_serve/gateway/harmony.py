@@ -64,6 +64,15 @@ def failure(status: int, body: bytes) -> str:
     return _kind(_message(body))
 
 
+def sentence(kind: str) -> str:
+    """What the client is told: never the parser's own words, which may hold the model's."""
+    if kind == "vocabulary":
+        return "The engine cannot load Harmony's vocabulary, so it cannot serve this model."
+    if kind == "tool_name":
+        return "The model called a tool by a name that cannot be read."
+    return "The model's answer was not in its own format (Harmony) and could not be read."
+
+
 def _message(body: bytes) -> str:
     """The sentence of an error in any of the APIs' envelopes; the text itself where it is no JSON."""
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from vitalis_serve.gateway.harmony import breaks, failure, leak
+from vitalis_serve.gateway.harmony import breaks, failure, leak, sentence
 
 MESSAGES = [
     ("Unexpected token 200002 while expecting start token 200006", "unexpected_token"),
@@ -67,6 +67,12 @@ def test_messages_streams_hide_the_words() -> None:
     )
     data = json.dumps({"type": "error", "error": {"type": "internal_error", "message": message}}).encode()
     assert failure(200, data) == ""
+
+
+def test_the_client_is_told_what_it_was_and_nothing_of_the_answer() -> None:
+    kinds = {kind for _, kind in MESSAGES} | {"tool_name"}
+    assert {sentence(kind) for kind in kinds if "vocabulary" in sentence(kind)} == {sentence("vocabulary")}
+    assert all(sentence(kind).endswith(".") and "<|" not in sentence(kind) for kind in kinds)
 
 
 CHUNK = (
