@@ -94,8 +94,7 @@ class Entered(msgspec.Struct, frozen=True):
     shed: tuple[Any, ...] = ()
 
 
-@dataclass(slots=True, eq=False)
-class _Holding:
+class _Holding(msgspec.Struct):
     demand: Demand
     seat: Seat
     prefill: int
@@ -137,6 +136,7 @@ class Admission:
         self._since_aged = 0
         self._tenants: dict[tuple[str, str], _Tenant] = {}
         self._weights = dict.fromkeys(CLASSES, 0.0)
+        self._all_weights = 0.0
         self._ordinary_slots = 0
         self._drain = DrainRate()
         self._rates: dict[str, PrefillRate] = {}
@@ -348,6 +348,7 @@ class Admission:
         if tenant is None:
             tenant = self._tenants[key] = _Tenant(demand.weight, now)
             self._weights[demand.class_] += demand.weight
+            self._all_weights += demand.weight
         tenant.seen = now
 
     def _forget_tenants(self, now: float) -> None:
@@ -357,13 +358,15 @@ class Admission:
             if not tenant.in_flight and tenant.seen < before and not self._classes[key[0]].waits(key[1]):
                 del self._tenants[key]
                 self._weights[key[0]] -= tenant.weight
+                self._all_weights -= tenant.weight
 
     def _heavy(self, demand: Demand) -> bool:
         """Whether its tenant has its share of the slots already, and lately had it of the tokens too.
 
         Shares are among those who asked within `active_seconds` in this class or a more urgent one."""
         tenant = self._tenants[demand.class_, demand.tenant]
-        if tenant.in_flight < 1 or demand.class_ == EMERGENCY:
+        # Among all classes' tenants its share is smallest: below that it is below any share.
+        if tenant.in_flight * self._all_weights < self._ordinary_slots * tenant.weight or demand.class_ == EMERGENCY:
             return False
         queue = self._classes[demand.class_]
         rivals = sum(self._weights[name] for name in CLASSES[1 : queue.rank + 1])
