@@ -12,6 +12,7 @@ import typer
 from vitalis_serve import __version__
 from vitalis_serve.cli import configuration, fleet, tenants
 from vitalis_serve.cli import run as serving
+from vitalis_serve.cli.failure import complain
 from vitalis_serve.errors import ConfigurationError, StartError
 
 app = typer.Typer(
@@ -33,9 +34,9 @@ def run(arguments: list[str] | None) -> int:
     except typer.TyperException as error:
         return _usage(error)
     except ConfigurationError as error:
-        return _fail(str(error), 2)
+        return _failed(str(error), 2)
     except StartError as error:
-        return _fail(str(error), 3)
+        return _failed(str(error), 3)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return code if isinstance(code, int) else 0
@@ -63,9 +64,9 @@ def _usage(error: typer.TyperException) -> int:
         return 2
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else app.info.name
-    return _fail(f"{message.rstrip('.?')}; see `{command} --help`", 2)
+    return _failed(f"{message.rstrip('.?')}; see `{command} --help`", 2)
 
 
-def _fail(sentence: str, code: int) -> int:
-    sys.stderr.write(f"vitalis-serve: {sentence}\n")
+def _failed(sentence: str, code: int) -> int:
+    complain(sentence)
     return code

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vitalis_serve.cli.failure import fail
 from vitalis_serve.settings import load
 from vitalis_serve.supervise.commands import NotRunning, request
 from vitalis_serve.supervise.folders import run_folder
@@ -81,11 +82,9 @@ def _ask(config: Path | None, command: dict[str, Any]) -> dict[str, Any]:
             if not answer["done"]:
                 typer.echo(answer["message"], err=True)
     except NotRunning as exc:
-        typer.echo(f"nothing runs on the data folder {data_folder} ({exc}): start it with `vitalis-serve up`", err=True)
-        raise typer.Exit(1) from exc
+        fail(f"nothing runs on the data folder {data_folder} ({exc}): start it with `vitalis-serve up`")
     if not answer["ok"]:
-        typer.echo(answer["message"], err=True)
-        raise typer.Exit(1)
+        fail(answer["message"])
     return answer
 
 
