@@ -141,7 +141,7 @@ def test_key_with_everything_is_listed_and_revoked(control: Control) -> None:
         (
             ("keys", "create", "--tenant", "acme", "--expires-in", "soon"),
             2,
-            "--expires-in soon: give whole days, 1 to ",
+            "--expires-in 'soon': give a whole number from 1 to ",
         ),
         (("keys", "create", "--tenant", "acme", "--expires-in", "0"), 2, "for example --expires-in 90"),
         (("keys", "create", "--tenant", "acme", "--expires-in", "3661"), 2, "for example --expires-in 90"),

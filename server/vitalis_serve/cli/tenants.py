@@ -14,8 +14,8 @@ from urllib.parse import quote
 import typer
 
 from vitalis_serve.cli.failure import fail
+from vitalis_serve.cli.numbers import whole
 from vitalis_serve.control.client import Client, NotRunning, Refused
-from vitalis_serve.errors import ConfigurationError
 
 MOST_DAYS = 3660  # control's own limit
 
@@ -177,14 +177,7 @@ def _force(changed: dict[str, Any]) -> str:
 
 
 def _days(text: str) -> int:
-    # A number of more digits than that is none that people mean.
-    days = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
-    if not 1 <= days <= MOST_DAYS:
-        raise ConfigurationError(
-            f"--expires-in {text}: give whole days, 1 to {MOST_DAYS}, for example --expires-in 90; "
-            "a key made without it never expires"
-        )
-    return days
+    return whole("--expires-in", text, 1, MOST_DAYS, "--expires-in 90 for ninety days")
 
 
 def _words(text: str) -> list[str]:
