@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import typer
 from vitalis_serve import errors, metrics
-from vitalis_serve.cli import app, main
+from vitalis_serve.cli import main
+from vitalis_serve.cli.application import app
 from vitalis_serve.fleet import ReplicaState
 from vitalis_serve.settings import Settings
 from vitalis_serve.settings.schema import Control, Deadlines, Gateway, Queue

@@ -54,13 +54,26 @@ def seconds(duration: str) -> int:
     return sum(int(number) * units[unit] for number, unit in parts)
 
 
-def tool(name: str, where: str) -> str:
-    """The path of an outside tool, beside this Python or on PATH; skips the test with the reason where it is not."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
+def tool(name: str) -> str:
+    """The path of a tool that the development environment's lock holds, beside this Python or on PATH. The test fails
+    where it is not: skipped, it would look as if it had passed."""
+    found = _found(name)
+    if found is None:
+        pytest.fail(f"{name} is missing from the development environment: run `make environments`", pytrace=False)
+    return found
+
+
+def machine_tool(name: str, where: str) -> str:
+    """The path of a tool that a machine may lack; skips the test with the reason where it does."""
+    found = _found(name)
     if found is None:
         pytest.skip(f"{name} is not on this machine ({where})")
     return found
+
+
+def _found(name: str) -> str | None:
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)
 
 
 def passes(*argv: str, **variables: str) -> None:

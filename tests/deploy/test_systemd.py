@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.support import UNIT, command_exists, longest_stop_seconds, passes, tool
+from tests.deploy.support import UNIT, command_exists, longest_stop_seconds, machine_tool, passes
 
 
 def option(name: str) -> str:
@@ -51,7 +51,7 @@ def test_the_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_systemd_analyze_accepts_it(tmp_path: Path) -> None:
     """With the path of a program that is there in place of the one of an installation."""
-    analyze = tool("systemd-analyze", "Debian's systemd")
+    analyze = machine_tool("systemd-analyze", "Debian's systemd")
     program = option("ExecStart").split()[0]
     copy = tmp_path / UNIT.name
     copy.write_text(UNIT.read_text().replace(program, "/bin/true"))

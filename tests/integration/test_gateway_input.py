@@ -4,6 +4,8 @@ import contextlib
 import gzip
 import json
 import re
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -391,6 +393,14 @@ BAD_HTTP = {
     "two hosts": b"GET /healthz HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n",
     "gzip, then chunked": HEAD + b"transfer-encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
     "HTTP/1.0 in chunks": b"POST /nope HTTP/1.0\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "a host that is none": b"GET /healthz HTTP/1.1\r\nhost: a b/c\r\n\r\n",
+    "a host and a path": b"GET /healthz HTTP/1.1\r\nhost: x/y\r\n\r\n",
+    "an authority for a target": b"GET example.org:80 HTTP/1.1\r\nhost: x\r\n\r\n",
+    "two content encodings": HEAD
+    + b"content-encoding: gzip\r\ncontent-encoding: identity\r\ncontent-length: 2\r\n\r\n{}",
+    "a line feed in a chunk's extension": HEAD + b"transfer-encoding: chunked\r\n\r\n2;a\nb\r\n{}\r\n0\r\n\r\n",
+    "a length among the trailers": HEAD
+    + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\ncontent-length: 5\r\n\r\n",
     "an upgrade with a body": HEAD
     + b"connection: upgrade\r\nupgrade: h2c\r\ncontent-length: %d\r\n\r\n" % len(BODY)
     + BODY,
@@ -442,3 +452,174 @@ def test_the_worker_without_keys_says_so(tmp_path: Path) -> None:
         assert gateway.ask(worker, client.get("/healthz")).status == 200
         assert gateway.ask(worker, client.get("/readyz")).status == 503
         gateway.settled(worker)
+
+
+# -- targets
+
+
+@pytest.mark.parametrize("target", ["http://x", "HTTP://other.example:8080", "https://user@x", "http://[::1]"])
+def test_a_target_in_absolute_form_is_its_path(stage: Stage, target: str) -> None:
+    for query in ("", "?a=http://b/c"):
+        answer = stage.post(document("chat"), path=target + PATHS["chat"] + query)
+        gateway.check_answer("chat", answer, stream=False)
+    assert stage.ask(client.get(target + "/healthz")).status == 200
+    assert stage.ask(client.get(target + f"/v1/models/{MODEL}", AUTH)).json["id"] == MODEL
+    check(stage.ask(client.get(target)), 404, "unknown_path")
+
+
+@pytest.mark.parametrize("target", ["*", "ftp://x/healthz", "http:///healthz", "http://?/healthz"])
+def test_other_targets_are_told_so(closed: Stage, target: str) -> None:
+    answer = closed.ask(client.get(target))
+    assert answer.status in (400, 404)
+    assert "must be a path" in check(answer, answer.status, gateway.error_code(answer))
+
+
+def test_connect_is_told_that_this_is_no_proxy(closed: Stage) -> None:
+    answer = closed.ask(client.request("CONNECT", "example.org:443"))
+    assert "proxy" in check(answer, 400, "invalid_request")
+
+
+def test_hosts_that_are_valid(stage: Stage) -> None:
+    with client.connect(stage.worker.url) as wire:
+        for host in ("", "x", "my_host:8080", "[::1]:80", "[fe80::1%25eth0]", "192.0.2.1", "a,b", "x"):
+            wire.send(client.get("/healthz", {"host": host}))
+            assert wire.read_response().status == 200, host
+
+
+# -- expectations
+
+EXPECTING = HEAD + b"content-length: %d\r\n" % len(BODY)
+
+
+@pytest.mark.parametrize("value", [b"100-continue", b"100-Continue", b"100-continue "])
+def test_a_client_that_waits_is_told_to_go_on(stage: Stage, value: bytes) -> None:
+    with client.connect(stage.worker.url) as wire:
+        wire.send(EXPECTING + b"expect: " + value + b"\r\n\r\n")
+        assert wire.read_head().status == 100
+        wire.send(BODY)
+        assert wire.read_response().status == 200
+
+
+def test_a_pipelined_client_that_waits_is_told_when_its_turn_comes(stage: Stage) -> None:
+    with client.connect(stage.worker.url) as wire:
+        wire.send(gateway.request("chat") + EXPECTING + b"expect: 100-continue\r\n\r\n")
+        assert wire.read_response().status == 200
+        assert wire.read_head().status == 100
+        wire.send(BODY)
+        assert wire.read_response().status == 200
+
+
+@pytest.mark.parametrize("value", [b"200-ok", b"100-continue, x", b"", b"100-continue\r\nexpect: 100-continue"])
+def test_other_expectations_are_refused_and_the_connection_ended(closed: Stage, value: bytes) -> None:
+    with client.connect(closed.worker.url) as wire:
+        wire.send(EXPECTING + b"expect: " + value + b"\r\n\r\n" + BODY)
+        answer = wire.read_response()
+        assert "expect" in check(answer, 400, "invalid_request")
+        assert answer.head.headers["connection"] == "close"
+        assert wire.read_to_end() == b""
+
+
+def test_http_1_0_is_never_told_to_go_on(stage: Stage) -> None:
+    for value in (b"100-continue", b"200-ok"):
+        request = EXPECTING.replace(b"HTTP/1.1", b"HTTP/1.0") + b"expect: " + value + b"\r\n\r\n" + BODY
+        assert stage.raw(request) == [b"200"]
+
+
+def test_who_has_no_body_is_not_told_to_go_on(stage: Stage) -> None:
+    assert stage.raw(client.get("/healthz", {"expect": "100-continue"})) == [b"200"]
+
+
+# -- framing, and who does not read
+
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "endless"),
+    [
+        (b"", b"1;" + b"a" * 1000 + b"\r\n{\r\n"),  # extensions
+        (b"1;", b"a" * 1000),  # one extension
+        (b"", b"1\r\n{\r\n"),  # chunks of one byte
+        (b"", b"0" * 1000),  # a size of zeros
+        (b"0\r\nx-a: ", b"a" * 1000),  # one trailer
+    ],
+    ids=["extensions", "an extension", "tiny chunks", "a size", "a trailer"],
+)
+def test_framing_without_end(tmp_path: Path, first: bytes, endless: bytes) -> None:
+    with running_worker(tmp_path, max_body_bytes=1 << 20) as worker, client.connect(worker.url) as wire:
+        piece = endless * (65536 // len(endless))
+        sent = 0
+        wire.send(CHUNKED + first)
+        with contextlib.suppress(ConnectionError):
+            while sent < 4 << 20 and wire.is_quiet(0.005):
+                wire.send(piece)
+                sent += len(piece)
+                worker.in_flight()
+        assert "framing" in check(wire.read_response(), 413, "body_too_large")
+        assert sent < 2 << 20
+        gateway.settled(worker)
+
+
+@pytest.mark.parametrize("size", [32, 4096])
+def test_a_body_at_its_limit_in_chunks(stage: Stage, tmp_path: Path, size: int) -> None:
+    limit = 256 << 10
+    with running_worker(tmp_path, max_body_bytes=limit) as worker:
+        worker.serve(stage.engine.address)
+        body = BODY + b" " * (limit - len(BODY))
+        chunks = b"".join(gateway.chunk(body[at : at + size]) for at in range(0, limit, size))
+        for more, status in ((b"", 200), (gateway.chunk(b" "), 413)):
+            with client.connect(worker.url) as wire:
+                wire.send(CHUNKED + chunks + more + gateway.LAST_CHUNK)
+                assert wire.read_response().status == status
+
+
+def test_bodies_that_nobody_wants_take_no_room(stage: Stage, tmp_path: Path) -> None:
+    """Without a key nothing is kept that could fill the room of those who have one."""
+    with running_worker(tmp_path, max_bodies_bytes=20_000) as worker, contextlib.ExitStack() as stack:
+        worker.serve(stage.engine.address)
+        for _ in range(4):
+            wire = stack.enter_context(client.connect(worker.url))
+            wire.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\ncontent-length: 60000\r\n\r\n" + b"x" * 30_000)
+        worker.in_flight()
+        assert gateway.ask(worker, gateway.request("chat")).status == 200
+        wire.send(b"x" * 30_000)
+        assert wire.read_response().status == 200
+        large = gateway.ask(worker, b"GET /healthz HTTP/1.1\r\nhost: x\r\ncontent-length: 70000\r\n\r\n")
+        check(large, 413, "body_too_large")
+
+
+def test_who_does_not_read_the_answers_is_not_read_from(stage: Stage) -> None:
+    """Else a client could fill the worker's memory with answers; and all come once it reads."""
+    one = client.get("/healthz")
+    with client.connect(stage.worker.url, receive_buffer=4096) as wire:
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        wire.socket.setblocking(False)
+        sent, idle = 0, 0
+        requests = one * 5000
+        while idle < 20 and sent < 200 << 20:
+            try:
+                sent += wire.socket.send(requests[sent % len(one) :])
+                idle = 0
+            except BlockingIOError:
+                idle += 1
+                stage.worker.in_flight()
+                time.sleep(0.01)
+        assert idle == 20
+        whole = sent // len(one)
+        for _ in range(whole):
+            assert wire.read_response().status == 200
+
+
+def test_lists_in_several_lines_go_on_as_one(stage: Stage) -> None:
+    lines = b"tracestate: a=1\r\ntracestate: b=2\r\nx-request-id: one\r\nx-request-id: two\r\n"
+    with gateway.scripted_engine() as engine:
+        engine.scripts = [[gateway.http_answer(b'{"choices":[{"text":"x","finish_reason":"stop"}]}')]]
+        stage.worker.serve(engine.address)
+        answer = stage.ask(EXPECTING + lines + b"\r\n" + BODY)
+    assert answer.status == 200
+    assert answer.head.headers["x-request-id"] not in ("one", "two")
+    assert b"tracestate: a=1, b=2\r\n" in engine.requests[0]
+
+
+def test_whole_requests_before_garbage_are_all_answered(stage: Stage) -> None:
+    assert stage.raw(gateway.request("chat") + client.get("/healthz") + b"\0garbage") == [b"200", b"200"]

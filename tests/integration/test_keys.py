@@ -120,6 +120,9 @@ def test_key_with_everything_is_listed_and_revoked(control: Control) -> None:
     assert abs(entry["expires_at"] - time.time() - 30 * 86_400) < 120
     assert "digest" not in entry
     assert command(control, "keys", "revoke", key_id).stdout.strip().endswith("revoked, in force")
+    again = command(control, "keys", "revoke", key_id)
+    assert again.returncode == 0
+    assert again.stdout.startswith(f"key {key_id} of tenant acme was revoked already, on 20")
     (line,) = [x for x in command(control, "keys", "list").stdout.splitlines() if x.startswith(key_id)]
     assert line.split()[:5] == [key_id, "acme", "full", "standard", "revoked"]
 
@@ -135,6 +138,13 @@ def test_key_with_everything_is_listed_and_revoked(control: Control) -> None:
         (("keys", "create", "--tenant", "acme", "--scopes", "inferense"), 2, "did you mean 'inference'?"),
         (("keys", "create", "--tenant", "acme", "--routes", "chatt"), 2, "did you mean 'chat'?"),
         (("keys", "revoke", "nosuch"), 1, "there is no key 'nosuch'"),
+        (
+            ("keys", "create", "--tenant", "acme", "--expires-in", "soon"),
+            2,
+            "--expires-in 'soon': give a whole number from 1 to ",
+        ),
+        (("keys", "create", "--tenant", "acme", "--expires-in", "0"), 2, "for example --expires-in 90"),
+        (("keys", "create", "--tenant", "acme", "--expires-in", "3661"), 2, "for example --expires-in 90"),
         (("keys", "create"), 2, "Missing option '--tenant'"),
         (("keys", "crate"), 2, "Did you mean 'create'"),
         (("keys", "list", "--config", "/nowhere.yaml"), 2, "/nowhere.yaml"),

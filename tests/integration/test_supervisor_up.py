@@ -248,7 +248,7 @@ def test_interrupting_a_download_stops_at_once(ours):
 def test_asking_a_fleet_that_does_not_run_is_one_sentence(ours, words):
     done = ours.ask(*words)
     assert done.returncode == 1
-    assert done.stderr.startswith("nothing runs on the data folder")
+    assert done.stderr.startswith("vitalis-serve: nothing runs on the data folder")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -34,7 +34,8 @@ MARKS = [
     b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"\0", b" ", b":", b";", b"0\r\n\r\n", b"\xff", b"{", b'"', b"\\u0000",
     b"content-length: 5\r\n", b"transfer-encoding: chunked\r\n", b"connection: upgrade\r\nupgrade: h2c\r\n",
     b"connection: close\r\n", b"expect: 100-continue\r\n", b"authorization: Bearer x\r\n", b"fffffffffffffffff\r\n",
-    b"HTTP/1.0", b"HTTP/2.0", b"CONNECT ", b"GET / HTTP/1.1\r\n\r\n", b"x" * 70_000,
+    b"HTTP/1.0", b"HTTP/2.0", b"http://x", b"*", b"expect: x\r\n", b"5;a=b\r\n",
+    b"CONNECT ", b"GET / HTTP/1.1\r\n\r\n", b"x" * 70_000,
 ]  # fmt: skip
 
 mutation = st.tuples(

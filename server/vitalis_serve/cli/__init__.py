@@ -1,70 +1,46 @@
-"""The command line: argv in, exit code out. Each module here adds its commands to one application.
+"""The command line: argv in, exit code out. Importing this costs nothing; `application.py` has the commands.
 
-What a command needs is imported within it: `vitalis-serve --help` must not wait for a database's library.
-Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 could not start, 130 interrupted.
+A process that runs `main` is told to end at any moment, from its first line on: Ctrl-C is no fault, and no traceback.
 """
 
-import sys
-from typing import Annotated
+import os
+import signal
+from types import FrameType
 
-import typer
-
-from vitalis_serve import __version__
-from vitalis_serve.cli import configuration, fleet, run, tenants
-from vitalis_serve.errors import ConfigurationError, StartError
-
-app = typer.Typer(
-    name="vitalis-serve",
-    help="gpt-oss-20b for Vitalis: vLLM engines kept alive, one authenticated gateway in front.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-for module in (run, fleet, tenants, configuration):
-    module.register(app)
+# SIGHUP too: the terminal was closed.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code. What is wrong is said in one line on standard error."""
+    """Runs one command; returns the exit code. What is wrong is said in one line on standard error.
+
+    Without `arguments` this process's own are taken, and the process is ours: SIGINT, SIGTERM and SIGHUP end it quietly
+    with 128 and their number, until the supervisor takes them over.
+    """
+    ours = arguments is None
+    if ours:
+        _answer_signals(_leave)  # importing takes the better part of a second
+    from vitalis_serve.cli.application import run
+
+    if ours:
+        _answer_signals(_unwind)
     try:
-        code = app(arguments, prog_name="vitalis-serve", standalone_mode=False)
-    except typer.TyperException as error:
-        return _usage(error)
-    except ConfigurationError as error:
-        return _fail(str(error), 2)
-    except StartError as error:
-        return _fail(str(error), 3)
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    return code if isinstance(code, int) else 0
+        return run(arguments)
+    finally:
+        if ours:
+            _answer_signals(signal.SIG_IGN)  # it ends already
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        print(__version__)
-        raise typer.Exit
+def _answer_signals(answer: "signal._HANDLER") -> None:
+    for number in _ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or `&` in a script
+            signal.signal(number, answer)
 
 
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
-    ] = False,
-) -> None:
-    """What is said before a command."""
+def _leave(number: int, _frame: FrameType | None) -> None:
+    # Nothing has been begun. An exception could get lost: one out of a destructor is printed and forgotten.
+    os._exit(128 + number)
 
 
-def _usage(error: typer.TyperException) -> int:
-    message: str = getattr(error, "format_message", error.__str__)()
-    if message.startswith("Usage:"):  # a command that needs more words, given none
-        sys.stderr.write(f"{message}\n")
-        return 2
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else app.info.name
-    return _fail(f"{message.rstrip('.?')}; see `{command} --help`", 2)
-
-
-def _fail(sentence: str, code: int) -> int:
-    sys.stderr.write(f"vitalis-serve: {sentence}\n")
-    return code
+def _unwind(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vitalis_serve.cli.failure import fail
+from vitalis_serve.cli.numbers import whole
 from vitalis_serve.settings import load
 from vitalis_serve.supervise.commands import NotRunning, request
 from vitalis_serve.supervise.folders import run_folder
@@ -46,11 +48,11 @@ def status(config: Config = None, as_json: Json = False) -> None:
 
 @commands.command()
 def scale(
-    replicas: Annotated[int, typer.Argument(min=0, max=1024, help="How many replicas there are to be.")],
+    replicas: Annotated[str, typer.Argument(help="How many replicas there are to be, 0 to 1024.")],
     config: Config = None,
 ) -> None:
     """Start or drain replicas until there are so many; kept over restarts."""
-    _order(config, {"command": "scale", "replicas": replicas})
+    _order(config, {"command": "scale", "replicas": whole("REPLICAS", replicas, 0, 1024, "`fleet scale 2`")})
 
 
 @commands.command()
@@ -81,11 +83,9 @@ def _ask(config: Path | None, command: dict[str, Any]) -> dict[str, Any]:
             if not answer["done"]:
                 typer.echo(answer["message"], err=True)
     except NotRunning as exc:
-        typer.echo(f"nothing runs on the data folder {data_folder} ({exc}): start it with `vitalis-serve up`", err=True)
-        raise typer.Exit(1) from exc
+        fail(f"nothing runs on the data folder {data_folder} ({exc}): start it with `vitalis-serve up`")
     if not answer["ok"]:
-        typer.echo(answer["message"], err=True)
-        raise typer.Exit(1)
+        fail(answer["message"])
     return answer
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from vitalis_serve import main
+from vitalis_serve.cli.failure import fail
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.settings import Settings, load
 from vitalis_serve.supervise.commands import NotRunning, request
@@ -67,8 +68,7 @@ def smoke(
         name = model or _first_model(host, port, credential)
         results = [_chat(host, port, credential, name, stream=stream) for stream in (False, True)]
     except (OSError, http.client.HTTPException, ValueError) as exc:
-        typer.echo(f"the gateway at {host}:{port} did not answer as it should: {exc}", err=True)
-        raise typer.Exit(1) from exc
+        fail(f"the gateway at {host}:{port} did not answer as it should: {exc}")
     if as_json:
         print(json.dumps([result.as_mapping() for result in results], indent=2))
     else:

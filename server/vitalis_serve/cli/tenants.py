@@ -13,7 +13,11 @@ from urllib.parse import quote
 
 import typer
 
+from vitalis_serve.cli.failure import fail
+from vitalis_serve.cli.numbers import whole
 from vitalis_serve.control.client import Client, NotRunning, Refused
+
+MOST_DAYS = 3660  # control's own limit
 
 Config = Annotated[
     Path | None,
@@ -64,7 +68,9 @@ def create_key(
     class_: Annotated[str, typer.Option("--class", help="emergency, interactive, standard or batch.")] = "standard",
     scopes: Annotated[str, typer.Option(help="Of inference, debug, metrics, admin; commas between.")] = "inference",
     routes: Annotated[str, typer.Option(help="Routes it may use, commas between; * for all.")] = "*",
-    expires_in: Annotated[int | None, typer.Option(metavar="DAYS", min=1, help="Days until it expires.")] = None,
+    expires_in: Annotated[
+        str | None, typer.Option(metavar="DAYS", help=f"Days until it expires, 1 to {MOST_DAYS}; default: never.")
+    ] = None,
     notes: Annotated[str, typer.Option(help="For people to read.")] = "",
     output: Annotated[Path | None, typer.Option(help="Write the key there (0600) instead of showing it.")] = None,
     config: Config = None,
@@ -77,7 +83,7 @@ def create_key(
         "scopes": _words(scopes),
         "routes": _words(routes),
         "notes": notes,
-        "expires_in_seconds": None if expires_in is None else expires_in * 86_400,
+        "expires_in_seconds": None if expires_in is None else _days(expires_in) * 86_400,
     }
     with _control(config) as (client, data_folder), key_outlet(data_folder, output) as outlet:
         made = client.call("POST", "/v1/keys", wanted)
@@ -104,7 +110,11 @@ def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID")], config: Con
     """Close a key: the id is the part of it between the underscores."""
     with _control(config) as (client, _):
         changed = client.call("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
-    print(f"key {changed['id']} of tenant {changed['tenant']} revoked, {_force(changed)}")
+    key = f"key {changed['id']} of tenant {changed['tenant']}"
+    if changed["already_revoked"]:
+        print(f"{key} was revoked already, on {_cell('revoked_at', changed['revoked_at'])} UTC")
+    else:
+        print(f"{key} revoked, {_force(changed)}")
 
 
 class KeyOutlet:
@@ -140,7 +150,7 @@ def key_outlet(data_folder: Path, output: Path | None = None) -> Iterator[KeyOut
     try:
         os.close(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except OSError as error:
-        _fail(f"the file {staged} for the key cannot be made ({error.strerror}): name another with --output")
+        fail(f"the file {staged} for the key cannot be made ({error.strerror}): name another with --output")
     try:
         yield KeyOutlet(staged, data_folder, output)
     except BaseException:
@@ -157,18 +167,17 @@ def _control(config: Path | None) -> Iterator[tuple[Client, Path]]:
     try:
         yield Client.of_folder(data_folder), data_folder
     except NotRunning as error:
-        _fail(str(error))
+        fail(str(error))
     except Refused as error:
-        _fail(str(error), 2 if error.status == 400 else 1)
-
-
-def _fail(sentence: str, code: int = 1) -> None:
-    sys.stderr.write(f"vitalis-serve: {sentence}\n")
-    raise typer.Exit(code)
+        fail(str(error), 2 if error.status == 400 else 1)
 
 
 def _force(changed: dict[str, Any]) -> str:
     return "in force" if changed["applied"] else "in force as soon as every worker has acknowledged it"
+
+
+def _days(text: str) -> int:
+    return whole("--expires-in", text, 1, MOST_DAYS, "--expires-in 90 for ninety days")
 
 
 def _words(text: str) -> list[str]:

@@ -286,13 +286,15 @@ def _key_routes(control: Control) -> APIRouter:
         return schemas.KeyCreated(key=made.key, **_key(key, now).model_dump(), version=version, applied=applied)
 
     @routes.delete("/{key_id}")
-    async def revoke(request: Request, key_id: str) -> schemas.KeyChanged:
-        """The key opens nothing any more; running streams finish."""
+    async def revoke(request: Request, key_id: str) -> schemas.KeyRevoked:
+        """The key opens nothing any more; running streams finish. Of one that was revoked before nothing changes."""
         now = int(time.time())
-        key, version, applied = await control.change(
+        (key, already), version, applied = await control.change(
             act(request, "key.revoke", key_id), lambda change: change.revoke_key(key_id, now)
         )
-        return schemas.KeyChanged(**_key(key, now).model_dump(), version=version, applied=applied)
+        return schemas.KeyRevoked(
+            **_key(key, now).model_dump(), version=version, applied=applied, already_revoked=already
+        )
 
     return routes
 

@@ -107,6 +107,10 @@ class KeyChanged(Key, Applied):
     pass
 
 
+class KeyRevoked(KeyChanged):
+    already_revoked: Annotated[bool, Field(description="It was revoked before, at `revoked_at`.")]
+
+
 class KeyCreated(KeyChanged):
     key: Annotated[str, Field(description="The whole key. It is stored nowhere and shown only here.")]
 

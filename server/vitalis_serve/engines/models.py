@@ -78,9 +78,9 @@ def ensure(
     folder = folder_of(model, cache_folder, engine_python)
     check_folder(model)
     if not folder.is_dir():
-        with _locked(folder, progress):
+        with _locked(folder, progress) as lock:
             if not folder.is_dir():  # the one we waited for may have made it
-                _make(model, folder, engine_python, progress, environ)
+                _make(model, folder, engine_python, progress, environ, lock)
     if _wants_vocabulary(folder):
         _keep_vocabulary(cache_folder / "tiktoken", engine_python)
     return folder
@@ -187,11 +187,11 @@ def _versions(engine_python: Path | None) -> list[str]:
 
 
 @contextmanager
-def _locked(folder: Path, progress: Progress) -> Iterator[None]:
-    """Alone at work on `folder`, over all processes of this host."""
+def _locked(folder: Path, progress: Progress) -> Iterator[int]:
+    """Alone at work on `folder`, over all processes of this host; the lock's descriptor."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f"{folder.name}.lock").open("w")
+        lock = _lock_of(folder).open("w")
     except OSError as error:
         raise StartError(
             f"the cache folder {folder.parent} cannot be written ({error.strerror}); set VITALIS_CACHE to one that can"
@@ -202,10 +202,31 @@ def _locked(folder: Path, progress: Progress) -> Iterator[None]:
         except BlockingIOError:
             progress(f"{folder.name}: waiting for another process that is making it")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock.fileno()
 
 
-def _make(model: Model, folder: Path, python: Path, progress: Progress, environ: Mapping[str, str]) -> None:
+def _lock_of(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.lock"
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """What killed builds left under names that may never be built again: another version has another name.
+
+    A part whose lock is held is being built. Parts of downloads stay, they are continued.
+    """
+    for part in cache.glob("*.part"):
+        folder = part.with_suffix("")
+        if not (_NAME.fullmatch(folder.name) and folder.name.rpartition("-")[0] in SCRIPTS):
+            continue
+        try:
+            with _lock_of(folder).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(part, ignore_errors=True)
+        except OSError:
+            continue  # held, or not ours to open
+
+
+def _make(model: Model, folder: Path, python: Path, progress: Progress, environ: Mapping[str, str], lock: int) -> None:
     part = folder.parent / f"{folder.name}.part"
     if model.hub is not None:
         # Importing the hub's client takes a third of a second, which only a download is worth.
@@ -214,7 +235,8 @@ def _make(model: Model, folder: Path, python: Path, progress: Progress, environ:
         hub.download(model.hub, model.revision, part, progress, environ)
     else:
         shutil.rmtree(part, ignore_errors=True)
-        _build(_built(model), part, python, progress, environ)
+        _remove_abandoned(folder.parent)
+        _build(_built(model), part, python, progress, environ, lock)
     problems = check(part)
     if problems:
         source = model.hub or f"the builder of {_built(model)}"
@@ -222,7 +244,7 @@ def _make(model: Model, folder: Path, python: Path, progress: Progress, environ:
     part.rename(folder)
 
 
-def _build(kind: str, part: Path, python: Path, progress: Progress, environ: Mapping[str, str]) -> None:
+def _build(kind: str, part: Path, python: Path, progress: Progress, environ: Mapping[str, str], lock: int) -> None:
     progress(f"{kind}: building (once; kept in {part.parent})")
     ours = ("VITALIS_", "VLLM_", "PYTHON")
     # The supervisor's mark stays, and so does its process group: if we are killed, the builder is found and ended.
@@ -243,6 +265,7 @@ def _build(kind: str, part: Path, python: Path, progress: Progress, environ: Map
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
+                pass_fds=(lock,),  # held by the builder too: if we are killed, it goes on for a moment
             ) as builder,
         ):
             assert builder.stdout is not None

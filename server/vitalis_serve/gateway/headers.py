@@ -18,7 +18,6 @@ WANTED: Final = frozenset(
         b"content-encoding",
         b"transfer-encoding",
         b"expect",
-        b"upgrade",
         b"anthropic-version",
         b"anthropic-beta",
         b"traceparent",
@@ -27,11 +26,28 @@ WANTED: Final = frozenset(
     }
 )
 FORWARDED: Final = (b"anthropic-version", b"anthropic-beta", b"traceparent", b"tracestate")
+# The others may be lists, of which each line is a part.
 ONCE: Final = frozenset(
-    {b"host", b"authorization", b"x-api-key", b"content-type", b"content-length", b"transfer-encoding"}
+    {
+        b"host",
+        b"authorization",
+        b"x-api-key",
+        b"content-type",
+        b"content-length",
+        b"content-encoding",
+        b"transfer-encoding",
+        b"expect",
+    }
 )
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z").match
+
+_SANE_HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]*)?\Z").match
+
+
+def sane_host(value: bytes) -> bool:
+    """Whether this may stand in a Host header: a name or address and perhaps a port; empty is allowed."""
+    return _SANE_HOST(value) is not None
 
 
 def sane_request_id(value: bytes | None) -> bytes | None:

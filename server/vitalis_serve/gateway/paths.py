@@ -43,3 +43,16 @@ OWN: Final[dict[bytes, bool]] = {
     b"/readyz": False,
 }
 MODEL_PREFIX: Final = b"/v1/models/"
+
+
+def path_of(target: bytes) -> bytes:
+    """The path of a request's target without its query, also where the target is an http URL, whose host does not
+    count. A target that has no path comes back as it is, without a slash at its beginning."""
+    path = target.partition(b"?")[0]
+    if path.startswith(b"/"):
+        return path
+    scheme, _, rest = path.partition(b"://")
+    host, slash, inner = rest.partition(b"/")
+    if scheme.lower() in (b"http", b"https") and host:
+        return b"/" + inner if slash else b"/"
+    return path

@@ -19,7 +19,7 @@ import httptools
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway import headers as rules
 from vitalis_serve.gateway import own
-from vitalis_serve.gateway.paths import APIS, MODEL_PREFIX, OWN
+from vitalis_serve.gateway.paths import APIS, MODEL_PREFIX, OWN, path_of
 from vitalis_serve.gateway.relay import Relay
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ WRITE_HIGH_WATER: Final = 16 * 1024
 MAX_AHEAD_BYTES: Final = 256 * 1024  # pipelined bytes kept behind a running request before reading pauses
 SMALL_BODY_BYTES: Final = 64 * 1024  # a refused body up to this size is read and the connection kept
 LINGER_SECONDS: Final = 2.0
+FRAMING_SHARE: Final = 4  # the framing of a body may be this part of its limit, over and above the head's
+_TARGET: Final = "The request's target must be a path, or an http URL with a host"
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NEVER: Final = float("inf")
 
 HEAD, BODY, ANSWERING, IDLE, LINGERING = range(5)
@@ -44,19 +47,20 @@ class ClientConnection(asyncio.Protocol):
         "_body",
         "_connections",
         "_feed",
-        "_head_bytes",
         "_head_done",
+        "_host",
         "_key",
         "_key_until",
         "_parser",
         "_pipeline",
         "_presented",
         "_presented_to",
-        "_received",
-        "_trailer_bytes",
-        "_relay",
+        "_raw_bytes",
         "_reading_paused",
+        "_received",
+        "_relay",
         "_state",
+        "_trailer_bytes",
         "_url",
         "_wanted_body",
         "deadline",
@@ -80,6 +84,7 @@ class ClientConnection(asyncio.Protocol):
         self._ahead: list[bytes] = []
         self._ahead_bytes = 0
         self._reading_paused = False
+        self._host: bytes | None = None  # the last one, found valid
         self._pipeline: deque[tuple[Relay, bytes]] = deque()
         # the credential last presented, and whom it named under which snapshot
         self._presented: tuple[bytes | None, bytes | None] | None = None
@@ -90,8 +95,8 @@ class ClientConnection(asyncio.Protocol):
         self._relay: Relay | None = None  # the one being answered, if phase is ANSWERING
         self._received: Relay | None = None
         self._url = b""
-        self._body: list[bytes] = []
-        self._head_bytes = 0
+        self._body: bytes | bytearray = b""
+        self._raw_bytes = 0  # read since its first byte: the head, the body and the body's framing
         self._head_done = False
         self._trailer_bytes = 0
         self._wanted_body = 0
@@ -131,9 +136,14 @@ class ClientConnection(asyncio.Protocol):
             self._relay.pause()
 
     def resume_writing(self) -> None:
-        self.paused_at = 0.0
+        paused_at, self.paused_at = self.paused_at, 0.0
         if self._relay is not None:
             self._relay.resume()
+        if self._reading_paused and self._ahead_bytes <= MAX_AHEAD_BYTES:
+            self._reading_paused = False
+            if self.phase != LINGERING:
+                self.deadline += self._state.now() - paused_at  # what it sent meanwhile was not looked at
+            self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         phase = self.phase
@@ -146,38 +156,68 @@ class ClientConnection(asyncio.Protocol):
             self.phase = HEAD
             self.deadline = self._state.now() + self._state.options.header_seconds
         if self.phase == HEAD:
-            self._head_bytes += len(data)
-            if self._head_bytes > self._state.options.max_header_bytes and not self._head_ends(data):
+            self._raw_bytes += len(data)
+            if self._raw_bytes > self._state.options.max_header_bytes and not self._head_ends(data):
                 self._refuse(ServeError("headers_too_large", "The request's headers are too large."))
                 return
+        elif self._framing_too_large(len(data)):
+            return
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade:
             pass  # refused at the head; what follows is not HTTP
         except httptools.HttpParserError as error:
-            if self.phase == ANSWERING:
-                # A request that was whole, with garbage behind it: it is answered, then the connection ends.
-                relay = self._relay
-                if relay is not None:
-                    relay.keep_alive = False
-                self._ahead, self._ahead_bytes = [], 0
-                received, self._received = self._received, None
-                if received is not None:
-                    received.cancel("refused", "invalid_request")
-            elif self.phase != LINGERING:
-                self._refuse(ServeError("invalid_request", f"This is not a valid HTTP/1.1 request: {_reason(error)}."))
+            self._parse_failed(error)
+
+    def _parse_failed(self, error: httptools.HttpParserError) -> None:
+        ours = isinstance(error, httptools.HttpParserCallbackError)
+        if ours:
+            logger.error("a request could not be taken in", exc_info=error)
+        if self.phase == ANSWERING:
+            # Requests that were whole, with garbage behind them: they are answered, then the connection ends.
+            last = self._pipeline[-1][0] if self._pipeline else self._relay
+            if last is not None:
+                last.keep_alive = False
+            received, self._received = self._received, None
+            if received is not None:
+                received.cancel("refused", "invalid_request")
+        elif self.phase != LINGERING:
+            self._refuse(_internal() if ours else ServeError("invalid_request", _reason(error)))
 
     def _head_ends(self, data: bytes) -> bool:
         """Whether the head, started in earlier reads, ends within its limit in this one."""
-        room = self._state.options.max_header_bytes - (self._head_bytes - len(data))
+        room = self._state.options.max_header_bytes - (self._raw_bytes - len(data))
         if data.startswith((b"\n", b"\r\n")):
             return room >= 0  # the blank line may have begun in the read before
         return 0 <= data.find(b"\r\n\r\n") <= room
 
+    def _framing_too_large(self, more: int) -> bool:
+        """Ends a request of which what was read until now is mostly framing: chunk sizes, extensions, trailers.
+        The parser throws those away, or gathers them (a trailer), without a limit of its own."""
+        relay, options = self._received, self._state.options
+        if relay is None or relay.refusal is not None:
+            return False
+        room = options.max_header_bytes + options.max_body_bytes // FRAMING_SHARE
+        if self._raw_bytes - relay.body_bytes <= room:
+            self._raw_bytes += more
+            return False
+        if relay.api is None:
+            error = _no_body()
+        else:
+            error = ServeError(
+                "body_too_large", "The body's framing is too large; send larger chunks, without extensions."
+            )
+        self._refuse_body(relay, error)
+        return True
+
     def _keep_ahead(self, data: bytes) -> None:
         self._ahead.append(data)
         self._ahead_bytes += len(data)
-        if self._ahead_bytes > MAX_AHEAD_BYTES and not self._reading_paused:
+        if self._ahead_bytes > MAX_AHEAD_BYTES:
+            self._pause_reading()
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused:
             self._reading_paused = True
             self.transport.pause_reading()
 
@@ -193,8 +233,7 @@ class ClientConnection(asyncio.Protocol):
         self._head_done = False
         self._trailer_bytes = 0
         self._wanted_body = 0
-        if self._body:
-            self._body = []
+        self._body = b""
 
     def on_url(self, url: bytes) -> None:
         self._url = self._url + url if self._url else url
@@ -210,9 +249,12 @@ class ClientConnection(asyncio.Protocol):
             return
         name = name.lower()
         if name in rules.WANTED:
-            if name in relay.headers and name in rules.ONCE and relay.refusal is None:
+            if name not in relay.headers:
+                relay.headers[name] = value
+            elif name not in rules.ONCE:
+                relay.headers[name] += b", " + value  # the same list in one line, as RFC 9110 5.3 has it
+            elif relay.refusal is None:
                 relay.refusal = ServeError("invalid_request", f"The header {name.decode()} is there twice.")
-            relay.headers[name] = value
 
     def on_headers_complete(self) -> None:
         relay, parser = self._received, self._parser
@@ -225,7 +267,7 @@ class ClientConnection(asyncio.Protocol):
         relay.keep_alive = parser.should_keep_alive() and not state.draining
         relay.request_id = rules.sane_request_id(relay.headers.get(b"x-request-id")) or state.next_request_id()
         url = self._url
-        relay.path = url if b"?" not in url else url[: url.index(b"?")]
+        relay.path = url if url in APIS else path_of(url)
         if relay.refusal is not None:  # a header that may be there once was there twice
             relay.keep_alive = False
         try:
@@ -238,8 +280,8 @@ class ClientConnection(asyncio.Protocol):
             # A body that is only read to be thrown away gets little time: its answer stands already.
             patience = state.options.body_seconds if relay.refusal is None else LINGER_SECONDS
             self.deadline = state.now() + min(patience, state.options.body_seconds)
-        if b"expect" in relay.headers and relay.refusal is None and self._relay is None:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if b"expect" in relay.headers and relay.refusal is None:
+            self._judge_expectation(relay)
         if relay.refusal is not None and (
             parser.should_upgrade()
             or self._wanted_body > SMALL_BODY_BYTES
@@ -250,27 +292,39 @@ class ClientConnection(asyncio.Protocol):
             if self._relay is None:
                 self._refuse(relay.refusal)
 
+    def _judge_expectation(self, relay: Relay) -> None:
+        """RFC 9110, section 10.1.1. A pipelined request is told to go on when its turn comes."""
+        if relay.http_1_0:
+            return  # it does not know of 100
+        if relay.headers[b"expect"].strip().lower() != b"100-continue":
+            relay.refusal = ServeError("invalid_request", "The only expectation met here is 100-continue.")
+        elif self._relay is None and (self._wanted_body or b"transfer-encoding" in relay.headers):
+            self.write(_CONTINUE)
+
     def _judge_head(self, relay: Relay) -> None:
         """All that can be said before the body: path, method, length, type, key. Raises ServeError."""
         path, head = relay.path, relay.headers
+        api = relay.api = APIS.get(path)
         if self._parser.should_upgrade():
-            raise ServeError("invalid_request", "Only HTTP/1.1 is spoken here; do not ask for an upgrade.")
+            wrong = "Only HTTP/1.1 is spoken here; do not ask for an upgrade."
+            proxied = "This is no proxy: CONNECT is not spoken here."
+            raise ServeError("invalid_request", proxied if relay.method == b"CONNECT" else wrong)
         if not relay.http_1_0 and self._parser.get_http_version() != "1.1":
             relay.keep_alive = False
             raise ServeError("invalid_request", "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
         self._judge_framing(relay, head)
         if b"content-length" in head:
-            self._wanted_body = int(head[b"content-length"])  # llhttp has checked that it is a number
-        api = relay.api = APIS.get(path)
+            self._wanted_body = int(head[b"content-length"][-20:])  # llhttp: digits, and they fit in 64 bits
         if api is not None:
             self._judge_post(relay, head)
             keyed = True
         elif path in OWN or path.startswith(MODEL_PREFIX):
-            if relay.method not in (b"GET", b"HEAD"):
-                raise ServeError("method_not_allowed", "This path takes GET only.")
+            self._judge_get(relay)
             keyed = OWN.get(path, True)
-        else:
+        elif path.startswith(b"/"):
             raise ServeError("unknown_path", "There is nothing at this path.")
+        else:
+            raise ServeError("unknown_path", f"{_TARGET}.")
         if keyed:
             keys = self._state.keys
             if keys.version == 0:
@@ -289,8 +343,15 @@ class ClientConnection(asyncio.Protocol):
 
     def _judge_framing(self, relay: Relay, head: dict[bytes, bytes]) -> None:
         """What a proxy in front could read otherwise than we do. RFC 9112, sections 3.2, 6.1 and 7.4."""
-        wrong = ""
-        if b"host" not in head and not relay.http_1_0:
+        wrong, host = "", head.get(b"host")
+        if host != self._host:
+            if host is None or rules.sane_host(host):
+                self._host = host
+            else:
+                wrong = "The Host header must be a host name or address, and a port if need be."
+        if wrong:
+            pass
+        elif host is None and not relay.http_1_0:
             wrong = "The Host header is missing."
         elif b"transfer-encoding" in head and relay.http_1_0:
             wrong = "HTTP/1.0 has no transfer encodings."
@@ -311,13 +372,20 @@ class ClientConnection(asyncio.Protocol):
         if b"content-encoding" in head and head[b"content-encoding"].lower() != b"identity":
             raise ServeError("unsupported_media_type", "The body must not be compressed.")
 
+    def _judge_get(self, relay: Relay) -> None:
+        """A small body is read and thrown away: without a key nobody's bytes are kept."""
+        if relay.method not in (b"GET", b"HEAD"):
+            raise ServeError("method_not_allowed", "This path takes GET only.")
+        if self._wanted_body > SMALL_BODY_BYTES:
+            raise _no_body()
+
     # -- httptools: the body
 
     def on_body(self, body: bytes) -> None:
         relay, state = self._received, self._state
         if relay is None or self.phase == LINGERING:
             return
-        if relay.refusal is not None:
+        if relay.refusal is not None or relay.api is None:
             return  # read and thrown away
         relay.body_bytes += len(body)
         if relay.body_bytes > state.options.max_body_bytes:
@@ -329,12 +397,18 @@ class ClientConnection(asyncio.Protocol):
         else:
             state.counters.body_bytes += len(body)
             relay.held_body_bytes += len(body)
-            self._body.append(body)
+            held = self._body
+            if not held:
+                self._body = body  # all of it, as a rule
+            elif isinstance(held, bytearray):
+                held += body
+            else:
+                self._body = bytearray(held + body)  # not a list: tiny chunks would each be an object of 50 bytes
 
     def _refuse_body(self, relay: Relay, error: ServeError) -> None:
         relay.refusal = error
         relay.keep_alive = False
-        self._body = []
+        self._body = b""
         self._state.give_back_body(relay)
         if self._relay is None:
             self._refuse(error)
@@ -343,11 +417,9 @@ class ClientConnection(asyncio.Protocol):
         relay, self._received = self._received, None
         if relay is None:
             return
-        self._head_bytes = 0
-        chunks = self._body
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        if chunks:
-            self._body = []
+        self._raw_bytes = 0
+        body = bytes(self._body)  # no copy of what came in one piece
+        self._body = b""
         if self._relay is None and self.phase != LINGERING:
             self._answer(relay, body)
         else:
@@ -369,7 +441,7 @@ class ClientConnection(asyncio.Protocol):
             relay.cut(error)
         except Exception:
             logger.exception("a request failed", extra={"request_id": relay.request_id.decode("latin-1")})
-            relay.cut(ServeError("internal", "Something went wrong here; the request id finds it in our log."))
+            relay.cut(_internal())
 
     def on_relay_done(self, relay: Relay) -> None:
         """The relay has written its last byte and released all it had."""
@@ -383,10 +455,7 @@ class ClientConnection(asyncio.Protocol):
             self.transport.write_eof()
             return
         if not relay.keep_alive or self._state.draining:
-            # Closes once all is sent, for which a slow client gets the time that it has otherwise.
-            self.phase = LINGERING
-            self.deadline = self._state.now() + self._state.options.client_stalled_seconds
-            self.transport.close()
+            self._close()
             return
         if self._pipeline or self._ahead:
             # In the next turn: a client with thousands of pipelined requests must not build up a stack.
@@ -394,9 +463,17 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._rest()
 
+    def _close(self) -> None:
+        """Closes once all is sent, for which a slow client gets the time that it has otherwise."""
+        self.phase = LINGERING
+        self.deadline = self._state.now() + self._state.options.client_stalled_seconds
+        self.transport.close()
+
     def _rest(self) -> None:
         """Nothing is being answered: the next request, or what has come of it."""
         received, options = self._received, self._state.options
+        if self.paused_at:
+            self._pause_reading()  # who does not read his answers gets no more of them
         if received is None:
             self.phase = IDLE
             self.deadline = self._state.now() + options.keepalive_seconds
@@ -407,11 +484,13 @@ class ClientConnection(asyncio.Protocol):
         else:
             self.phase = BODY
             self.deadline = self._state.now() + options.body_seconds
+            if received.refusal is None and b"expect" in received.headers:
+                self._judge_expectation(received)
 
     def _await_head(self) -> None:
         """Some of the next head came together with the request before it."""
         self.phase = HEAD
-        self._head_bytes = self._head_bytes or 1
+        self._raw_bytes = self._raw_bytes or 1
         self.deadline = self._state.now() + self._state.options.header_seconds
 
     def _next(self) -> None:
@@ -458,20 +537,20 @@ class ClientConnection(asyncio.Protocol):
         if phase == ANSWERING:
             if self._relay is not None:
                 self._relay.check(now)
-        elif now >= self.deadline:
+        elif now >= self.deadline and (phase == LINGERING or not self._reading_paused):
             if phase == BODY:
                 refusal = self._received.refusal if self._received is not None else None
                 self._refuse(refusal or ServeError("body_timeout", "The body did not arrive in time."))
-            elif phase == HEAD and self._head_bytes:
+            elif phase == HEAD and self._raw_bytes:
                 self._refuse(ServeError("body_timeout", "The request's head did not arrive in time."))
             else:
-                self.transport.abort() if phase == LINGERING else self.transport.close()
+                self.transport.abort() if phase == LINGERING else self._close()
 
     def shutdown(self) -> None:
         """uvicorn's `Server` calls this when it stops: idle connections close, running requests finish."""
         self._state.draining = True
-        if self.phase in (IDLE, HEAD) and not self._head_bytes:
-            self.transport.close()
+        if self.phase in (IDLE, HEAD) and not self._raw_bytes:
+            self._close()
         elif self._relay is not None:
             self._relay.keep_alive = False
 
@@ -481,7 +560,7 @@ class ClientConnection(asyncio.Protocol):
             self._relay.keep_alive = False
             self._relay.cut(error)
         else:
-            self.transport.close()
+            self._close()
         self.deadline = min(self.deadline, self._state.now() + LINGER_SECONDS)
 
 
@@ -489,5 +568,15 @@ def _too_large(limit: int) -> ServeError:
     return ServeError("body_too_large", f"The body is larger than {limit} bytes.")
 
 
+def _no_body() -> ServeError:
+    return ServeError("body_too_large", "This path takes no body.")
+
+
+def _internal() -> ServeError:
+    return ServeError("internal", "Something went wrong here; the request id finds it in our log.")
+
+
 def _reason(error: Exception) -> str:
-    return str(error)[:120] or type(error).__name__
+    if isinstance(error, httptools.HttpParserInvalidURLError):
+        return f"{_TARGET} ({error})."
+    return f"This is not a valid HTTP/1.1 request: {str(error)[:120] or type(error).__name__}."

@@ -267,8 +267,12 @@ def _validated(values: Mapping[str, Any], layers: Sequence[Layer]) -> Settings:
         path = tuple(str(part) for part in first["loc"])
         path = _known_part(path)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        place = _place(layers, path) or (layers[0].name if layers else "settings")
-        raise ConfigurationError(f"{place}: {_sentence(path, dict(first))}{more}") from None
+        sentence = _sentence(path, dict(first))
+        # What is wrong only together has no path of its own, but names the keys.
+        blamed = (path,) if path else tuple(key for key in setting_paths() if ".".join(key) in sentence)
+        places = dict.fromkeys(place for key in blamed if (place := _place(layers, key)))
+        where = ", ".join(places) or (layers[0].name if layers else "settings")
+        raise ConfigurationError(f"{where}: {sentence}{more}") from None
 
 
 def _known_part(path: KeyPath) -> KeyPath:

@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     StringConstraints,
+    field_validator,
     model_validator,
 )
 
@@ -299,13 +300,14 @@ class Settings(Strict):
             raise ValueError(f"cache_groups name {', '.join(twice)} more than once")
         return self
 
-    @model_validator(mode="after")
-    def routes_differ(self) -> "Settings":
-        names = [route.name for route in self.routes]
+    @field_validator("routes")
+    @classmethod
+    def routes_differ(cls, routes: tuple[Route, ...]) -> tuple[Route, ...]:
+        names = [route.name for route in routes]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"routes name {', '.join(twice)} more than once")
-        return self
+            raise ValueError(f"{', '.join(twice)} is there more than once; every route needs a name of its own")
+        return routes
 
     @model_validator(mode="after")
     def ports_differ(self) -> "Settings":

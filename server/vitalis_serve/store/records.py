@@ -6,11 +6,11 @@ A change is one transaction: the rows, the audit row that tells of them, and the
 import difflib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import RowMapping, func, insert, select, update
+from sqlalchemy import RowMapping, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from vitalis_serve.errors import ServeError
@@ -226,19 +226,19 @@ class Change:
             )
         )
 
-    async def revoke_key(self, key_id: str, now: int) -> Key:
-        """Raises ServeError `key_not_found`. A key that was revoked before keeps its first time."""
-        statement = (
-            update(tables.keys)
-            .where(tables.keys.c.id == key_id)
-            .values(revoked_at=func.coalesce(tables.keys.c.revoked_at, now))
-            .returning(tables.keys)
-        )
-        row = (await self._connection.execute(statement)).mappings().one_or_none()
+    async def revoke_key(self, key_id: str, now: int) -> tuple[Key, bool]:
+        """The key, and whether it was revoked before: it then keeps its first time. Raises ServeError
+        `key_not_found`."""
+        this = tables.keys.c.id == key_id
+        row = (await self._connection.execute(select(tables.keys).where(this))).mappings().one_or_none()
         if row is None:
             ids = (await self._connection.execute(select(tables.keys.c.id))).scalars().all()
             raise ServeError("key_not_found", f"there is no key {key_id!r}{nearest(key_id, ids)}", param="id")
-        return _key(row)
+        key = _key(row)
+        if key.revoked_at is not None:
+            return key, True
+        await self._connection.execute(update(tables.keys).where(this).values(revoked_at=now))
+        return replace(key, revoked_at=now), False
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from vitalis_serve.errors import StartError
@@ -100,7 +101,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stops in order; called again, in a hurry."""
-        if self._stopping.is_set():
+        if self._stopping.is_set() and not self._hasten.is_set():
             logger.warning("asked again: ending what runs now")
             self._hasten.set()
         self._stopping.set()
@@ -112,11 +113,17 @@ class Supervisor:
 
     async def run(self, companion: Callable[[], Coroutine[None, None, None]]) -> None:
         """From taking the lock to having left nothing behind. `companion` runs beside the children, and is
-        cancelled first when stopping. Raises StartError, ConfigurationError."""
+        cancelled first when stopping. Raises StartError, ConfigurationError.
+
+        SIGINT, SIGTERM and SIGHUP are taken, and stay taken when this has returned: the process is then ending, and
+        asked once more it must neither stop half-way nor call that a fault."""
+        self._take_signals()
         lock = folders.Lock(self.options.run_folder / "lock", self.options.data_folder)
         lock.acquire()
         try:
             await self._clean_up_after_the_last()
+            if self._stopping.is_set():
+                return
             if self.options.workers:
                 self._data = bind(self.options.host, self.options.port)
                 self.host, self.port = self._data.getsockname()[:2]
@@ -129,6 +136,17 @@ class Supervisor:
             lock.release()
 
     # Start
+
+    def _take_signals(self) -> None:
+        # Not the loop's own handlers: the loop puts Python's back when it is closed.
+        loop = asyncio.get_running_loop()
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self.stop)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, stop)
 
     async def _clean_up_after_the_last(self) -> None:
         if self.journal.complaint:
@@ -150,10 +168,6 @@ class Supervisor:
                 path.unlink(missing_ok=True)
 
     async def _run_children(self, companion: Callable[[], Coroutine[None, None, None]]) -> None:
-        loop = asyncio.get_running_loop()
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        for number in numbers:
-            loop.add_signal_handler(number, self.stop)
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
@@ -171,9 +185,6 @@ class Supervisor:
                     caller.cancel()
         except BaseExceptionGroup as errors:
             raise _first(errors) from errors
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
 
     def _start_attendants(self, group: asyncio.TaskGroup) -> None:
         if self.options.control is not None:

@@ -1,5 +1,6 @@
 """Model folders: local ones checked, built ones made once by a real child process, whatever goes wrong said."""
 
+import fcntl
 import json
 import os
 import stat
@@ -190,3 +191,42 @@ def test_a_cache_that_cannot_be_made_is_said(tmp_path, builder):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(StartError, match="cannot be written .* set VITALIS_CACHE"):
         ensure(TINY, tmp_path / "cache", builder(GOOD), lambda _: None)
+
+
+def test_parts_of_killed_builds_are_removed_and_others_stay(tmp_path, builder):
+    models = tmp_path / "cache" / "models"
+    killed, built, fetched = (
+        models / f"{name}.part"
+        for name in (f"gpt-oss-tiny-{'0' * 16}", f"smollm2-135m-{'1' * 16}", f"gpt-oss-20b-{'2' * 16}")
+    )
+    for part in (killed, built, fetched):
+        (part / "some").mkdir(parents=True)
+        part.with_suffix(".lock").touch()
+    with built.with_suffix(".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ensure(TINY, tmp_path / "cache", builder(GOOD), lambda _: None)
+    assert not killed.exists()
+    assert (built / "some").is_dir(), "it is being built"
+    assert (fetched / "some").is_dir(), "a download is continued"
+
+
+def test_builder_whose_starter_was_killed_holds_the_lock_until_it_ends(tmp_path, builder):
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    python = builder(f"out.mkdir(parents=True)\nopen({str(go)!r}).read()")
+    code = (
+        "import sys; from pathlib import Path; from vitalis_serve.engines.models import ensure;"
+        "from vitalis_serve.settings.schema import Model;"
+        f"ensure(Model(build='gpt-oss-tiny'), Path({str(tmp_path / 'cache')!r}), Path({str(python)!r}), lambda _: None)"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    starting = subprocess.Popen([sys.executable, "-c", code], env=env)
+    with starting as starter, go.open("w"):  # waits for the builder to open it too
+        starter.kill()
+        starter.wait()
+        (part,) = (tmp_path / "cache" / "models").glob("*.part")
+        with part.with_suffix(".lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # The builder has been let go; whoever waited for its lock gets it.
+    with part.with_suffix(".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)

@@ -2,7 +2,7 @@
 
 import pytest
 from vitalis_serve.errors import ServeError
-from vitalis_serve.gateway.headers import WANTED, credential, forwarded, sane_request_id
+from vitalis_serve.gateway.headers import WANTED, credential, forwarded, sane_host, sane_request_id
 
 
 @pytest.mark.parametrize("value", [b"a", b"req-1", b"0af7651916cd43dd8448eb211c80319c", b"a.b:c_d-e", b"x" * 128])
@@ -61,3 +61,15 @@ def test_only_a_few_headers_go_on() -> None:
 @pytest.mark.parametrize("name", [b"x-vllm-priority", b"x-data-parallel-rank", b"connection", b"te", b"cookie"])
 def test_the_engines_own_and_hop_by_hop_headers_are_not_even_kept(name: bytes) -> None:
     assert name not in WANTED
+
+
+@pytest.mark.parametrize("value", [b"", b"x", b"a.b-c_d:80", b"x:", b"[::1]", b"[::1]:8080", b"192.0.2.1:1", b"a%20b"])
+def test_hosts(value: bytes) -> None:
+    assert sane_host(value)
+
+
+@pytest.mark.parametrize(
+    "value", [b"a b", b"x/y", b"u@x", b"x?y", b"x#y", b"::1", b"x:y", b"[::1", b"x\n", b"\xff", b'"x"', b"x:1:2"]
+)
+def test_no_hosts(value: bytes) -> None:
+    assert not sane_host(value)

@@ -1,7 +1,8 @@
 """The allow-list is what it is said to be: a new path is a decision, not an accident."""
 
+import pytest
 from vitalis_serve.gateway.events import ENDINGS, ERRORS
-from vitalis_serve.gateway.paths import APIS, OWN
+from vitalis_serve.gateway.paths import APIS, OWN, path_of
 
 
 def test_the_whole_list() -> None:
@@ -25,3 +26,25 @@ def test_every_dialect_that_streams_has_an_ending_and_an_error() -> None:
 def test_request_lines() -> None:
     for path, api in APIS.items():
         assert api.request_line == b"POST " + path + b" HTTP/1.1\r\nhost: engine\r\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"/a?b", b"/a"),
+        (b"/a?b?/c", b"/a"),
+        (b"//x/a", b"//x/a"),
+        (b"http://x/a", b"/a"),
+        (b"HTTPS://u:p@x:1/a/b?c", b"/a/b"),
+        (b"http://x//a", b"//a"),
+        (b"http://x", b"/"),
+        (b"http://x?/a", b"/"),
+    ],
+)
+def test_the_path_of_a_target(target: bytes, path: bytes) -> None:
+    assert path_of(target) == path
+
+
+@pytest.mark.parametrize("target", [b"", b"*", b"x:80", b"ftp://x/a", b"http:///a", b"http:/a", b"http://"])
+def test_targets_without_a_path(target: bytes) -> None:
+    assert not path_of(target).startswith(b"/")

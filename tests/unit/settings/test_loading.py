@@ -177,8 +177,8 @@ def test_empty_sections_and_empty_files_are_defaults(write):
         ),
         ("model: {hub: a/b, folder: /x}", [":1: model: give exactly one of", "found hub, folder"]),
         ("model:\n  hub: no-slash", ["model.hub is 'no-slash'; it must match"]),
-        ("routes: [{name: a}, {name: a}]", ["routes name a more than once"]),
-        ("control: {port: 8080}", ["gateway.port and control.port are both 8080 on the same address"]),
+        ("model: {name: m}\nroutes: [{name: a}, {name: a}]", [".yaml:2: routes: a is there more than once"]),
+        ("\ncontrol: {port: 8080}", [".yaml:2: ", "gateway.port and control.port are both 8080 on the same address"]),
         ("gateway: {host: localhost}\ncontrol: {port: 8080}", ["are both 8080", "localhost and 127.0.0.1"]),
         ("gateway: {host: '::', port: 8081}", ["are both 8081"]),
         ("routes: [{model: a}]", ["routes.0.name is missing"]),
@@ -307,3 +307,15 @@ def test_auto_asks_for_gpus_and_says_why(write):
 )
 def test_one_port_on_two_addresses_is_allowed(write, text):
     assert load(write(text), CPU).control.port in (0, 8080)
+
+
+def test_what_is_wrong_together_is_blamed_on_every_place(write):
+    file = write("gateway:\n  port: 9000")
+    with pytest.raises(ConfigurationError) as caught:
+        load(file, {**CPU, "VITALIS_CONTROL_PORT": "9000"})
+    assert str(caught.value).startswith(f"{file}:2, VITALIS_CONTROL_PORT: ")
+
+
+def test_route_given_twice_in_the_environment_is_blamed_on_its_variable(write):
+    with pytest.raises(ConfigurationError, match="^VITALIS_ROUTES: routes: a is there more than once"):
+        load(write(""), {**CPU, "VITALIS_ROUTES": "[{name: a}, {name: a}]"})

@@ -110,8 +110,10 @@ def test_duplicate_tenant_is_refused(tmp_path: Path) -> None:
 def test_revoking_twice_keeps_the_first_time(tmp_path: Path) -> None:
     async def work(store: Store) -> int | None:
         await change(store, lambda c: c.add_tenant(ACME), lambda c: c.add_key(key("k1")))
-        await change(store, lambda c: c.revoke_key("k1", 5))
-        await change(store, lambda c: c.revoke_key("k1", 9))
+        for now, already in ((5, False), (9, True)):
+            async with store.change() as transaction:
+                revoked, found = await transaction.revoke_key("k1", now)
+            assert (revoked.revoked_at, found) == (5, already)
         return (await store.keys())[0].revoked_at
 
     assert with_store(tmp_path, work) == 5
