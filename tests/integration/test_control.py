@@ -617,6 +617,7 @@ def test_start_without_any_room_is_one_sentence_and_exit_3(tmp_path: Path) -> No
         "resource.setrlimit(resource.RLIMIT_FSIZE,(0,resource.RLIM_INFINITY));sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "control.token").write_text("vtc_" + "x" * 40)
+    (tmp_path / "cache.secret").write_text("vcs_" + "x" * 40)
     (tmp_path / "options.json").write_text(json.dumps(control_options(tmp_path)))
     argv = [sys.executable, "-c", program, str(tmp_path / "options.json")]
     ended = subprocess.run(argv, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -661,6 +662,7 @@ def test_port_in_use_is_one_sentence_and_exit_3(tmp_path: Path) -> None:
     [
         ("vitalis.db", b"no database at all " * 100, "vitalis.db cannot be opened: file is not a database"),
         ("control.token", b"short", "control.token is not one of ours: remove the file"),
+        ("cache.secret", b"vtc_" + b"x" * 40, "cache.secret is not one of ours: remove the file"),
     ],
 )
 def test_unusable_file_is_one_sentence_and_exit_3(tmp_path: Path, place: str, content: bytes, sentence: str) -> None:
