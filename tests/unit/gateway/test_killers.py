@@ -57,6 +57,15 @@ def test_all_in_flight_are_marked_and_each_once_per_death() -> None:
     assert len(killers) == 2
 
 
+def test_who_was_there_at_one_death_is_not_refused_beside_who_was_at_two() -> None:
+    killers = Killers()
+    killers.failed("e0", 1, OTHER, 0.0)
+    kills(killers, BODY, "e0", 1, 0.0)
+    kills(killers, BODY, "e1", 1, 10.0)
+    assert refused(killers, BODY, 12.0)
+    assert not refused(killers, OTHER, 12.0)
+
+
 def test_a_loss_heard_of_after_the_death_counts() -> None:
     killers = Killers()
     kills(killers, BODY, "e0", 1, 0.0)
