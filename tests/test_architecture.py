@@ -42,7 +42,8 @@ ENGINE_LIBRARIES = {"vllm", "torch", "transformers"}
 PURE = ("fleet", "metrics", "errors", "supervise.lifecycle", "engines.command", "engines.placement", "engines.memory",
         "gateway.headers", "gateway.events", "gateway.paths", "gateway.admission", "gateway.seats", "gateway.routing",
         "gateway.fairness", "gateway.pace", "gateway.prefix", "gateway.body", "gateway.route_policy",
-        "gateway.guidance", "store.tables")  # fmt: skip
+        "gateway.guidance", "gateway.breaker", "gateway.retries", "gateway.killers", "gateway.estimates",
+        "gateway.harmony", "gateway.intake", "store.tables")  # fmt: skip
 IMPURE_LIBRARIES = {"asyncio", "socket", "time", "subprocess"}
 
 

@@ -38,7 +38,7 @@ from vitalis_serve.fleet import TAKES_REQUESTS, Fleet, ReplicaState
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.progress import ProgressLines
 from vitalis_serve.settings import Settings
-from vitalis_serve.settings.schema import Route
+from vitalis_serve.settings.schema import SOURCES, Route
 from vitalis_serve.supervise import folders, orphans
 from vitalis_serve.supervise.attendant import AttendantSpec
 from vitalis_serve.supervise.child import keep
@@ -178,7 +178,8 @@ def _serving(settings: Settings, names: Sequence[str]) -> Settings:
     """`settings` with the model that external engines serve; routes that were configured stay as they are."""
     if not names:
         return settings
-    chosen: dict[str, Any] = {"model": settings.model.model_copy(update={"name": names[0]})}
+    unknown = dict.fromkeys(SOURCES)
+    chosen: dict[str, Any] = {"model": settings.model.model_copy(update=unknown | {"name": names[0]})}
     if all(route.name == settings.model.name for route in settings.routes):  # the one that loading fills in
         chosen["routes"] = tuple(Route(name=name, model=name) for name in names)
     return settings.model_copy(update=chosen)
@@ -264,9 +265,17 @@ def _worker_options(settings: Settings, place_: Place, index: int, upstream_idle
         client_stalled_seconds=deadlines.client_stalled_seconds,
         total_seconds=deadlines.total_seconds,
         upstream_idle_seconds=upstream_idle_seconds,
+        harmony=_speaks_harmony(settings),
         workers=gateway_.workers,
         worker=index,
     )
+
+
+def _speaks_harmony(settings: Settings) -> bool:
+    """Whether gpt-oss is behind this gateway. Of engines that somebody else runs only the names are known."""
+    model = settings.model
+    names = (model.hub, model.folder, model.build, model.name, *(route.model for route in settings.routes))
+    return any("gpt-oss" in str(name).lower() for name in names)
 
 
 def _control_options(settings: Settings, place_: Place) -> ControlOptions:

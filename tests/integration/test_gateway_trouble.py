@@ -272,13 +272,15 @@ def test_a_stale_kept_alive_connection_costs_nobody_anything(stage: Stage) -> No
 
 
 def test_at_most_three_tries(stage: Stage) -> None:
-    """Four names of one broken engine: the fourth is not asked."""
+    """Four names of one broken engine: the fourth is not asked; nor the third, if it looks as if engines died of it."""
     stage.worker.serve(*[stage.bad.address] * 4)
-    stage.bad.misbehave("status", status=500)
-    before = stage.bad.state()["requests_seen"]
-    answer = stage.ask("chat", stream=False, outcome="engine_error", code="engine_protocol")
-    assert answer.status == 502
-    assert stage.bad.state()["requests_seen"] == before + 3
+    for status, tries in ((502, 3), (500, 2)):
+        stage.bad.misbehave("status", status=status)
+        before = stage.bad.state()["requests_seen"]
+        answer = stage.ask("chat", stream=False, outcome="engine_error", code="engine_protocol")
+        assert answer.status == 502
+        assert stage.bad.state()["requests_seen"] == before + tries
+        stage.bad.reset()
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422, 429])

@@ -327,9 +327,14 @@ def test_metrics_have_the_names_that_were_written_down(tmp_path: Path, quick: Si
 
 
 def test_metrics_of_every_name_are_said(tmp_path: Path, quick: Simulator) -> None:
+    routes = {MODEL: MODEL, "careful": "not-there"}
+    document = json.loads(snapshot(routes=routes))
+    document["routes"][1]["fallbacks"] = [MODEL]
     with Control(tmp_path) as control, running_worker(tmp_path) as worker, control.line() as line:
         line.hear()
+        line.push(json.dumps(document).encode())
         worker.serve(quick.address, "http://127.0.0.1:1")
+        assert gateway.ask(worker, gateway.request("chat", model="careful")).status == 200
         for _ in range(4):
             gateway.ask(worker, gateway.request("chat"))
         quick.misbehave("status", status=500, requests=1)

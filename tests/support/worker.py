@@ -23,7 +23,11 @@ MODEL = "gpt-oss-20b"
 # A session that is at home on engine-0, then engine-1, then engine-2 (tests/unit/gateway/test_routing.py says so).
 SESSION = "home-599"
 # For it engine-0 first, and every slot for every class: what most tests are about is something else.
-PREDICTABLE = {"routing": "session", "reserved_share": 0.0, "overload_seconds": 0.0}
+# Trouble is made on purpose, and much of it.
+PREDICTABLE = {
+    "routing": "session", "reserved_share": 0.0, "overload_seconds": 0.0, "breaker_failures": 1_000_000,
+    "retries_at_least": 1_000_000,
+}  # fmt: skip
 
 
 def snapshot(version: int = 1, keys: list[dict[str, Any]] | None = None, routes: dict[str, str] | None = None) -> bytes:

@@ -191,12 +191,13 @@ class Admission:
         self.routing.update(list(seats.values()))
         return self._serve_all(now)
 
-    def set_breaker(self, replica: str, now: float, *, is_open: bool) -> list[Grant]:
-        """An open breaker keeps new requests away; the home of their keys does not move."""
+    def set_breaker(self, replica: str, now: float, *, is_open: bool, trial: bool = False) -> list[Grant]:
+        """An open breaker keeps new requests away; the home of their keys does not move. `trial`: one is let in, and
+        then it is open again."""
         seat = self._seats.get(replica)
         if seat is None:
             return []
-        seat.open = not is_open
+        seat.open, seat.trial = not is_open, trial and not is_open
         return [] if is_open else self._serve(seat, now)
 
     # -- coming
@@ -383,6 +384,8 @@ class Admission:
             self._rates[seat.replica.name].begun(now)
         self._tenants[demand.class_, demand.tenant].in_flight += 1
         seat.in_flight += 1
+        if seat.trial:
+            seat.open = seat.trial = False
         seat.kv += demand.prompt_tokens + demand.output_tokens
         seat.prefill += demand.prompt_tokens
         if not demand.streamed:

@@ -2,9 +2,12 @@
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from vitalis_serve.metrics import TIME_BUCKETS
+
+Sample = tuple[str, dict[str, str], float]
 
 
 class Histogram:
@@ -53,11 +56,12 @@ class Counters:
         self.loop_lag_seconds = 0.0
         self.shed: dict[str, int] = defaultdict(int)
         self.retries: dict[str, int] = defaultdict(int)
+        self.fallbacks: dict[tuple[str, str], int] = defaultdict(int)  # (route, the model asked instead)
         self.upstream_failures: dict[tuple[str, str], int] = defaultdict(int)
 
-    def report(self, extra_gauges: list[tuple[str, dict[str, str], float]], dropped: int) -> dict[str, Any]:
-        """The document of `vitalis_serve.metrics`; `extra_gauges` are those whose owners live elsewhere."""
-        counters: list[Any] = [["vitalis_access_log_dropped_total", {}, dropped]]
+    def report(self, extra_gauges: Iterable[Sample], extra_counters: Iterable[Sample]) -> dict[str, Any]:
+        """The document of `vitalis_serve.metrics`; the extra ones are those whose owners live elsewhere."""
+        counters: list[Any] = [list(sample) for sample in extra_counters]
         histograms: list[Any] = []
         for route, counts in self.routes.items():
             name = {"route": route}
@@ -77,6 +81,10 @@ class Counters:
         counters += [
             ["vitalis_upstream_failures_total", {"replica": replica, "kind": kind}, n]
             for (replica, kind), n in self.upstream_failures.items()
+        ]
+        counters += [
+            ["vitalis_fallbacks_total", {"route": route, "model": model}, n]
+            for (route, model), n in self.fallbacks.items()
         ]
         gauges: list[Any] = [
             ["vitalis_open_contexts", {}, self.open_contexts],

@@ -103,9 +103,10 @@ def given_up(body: bytes, dialect: str) -> bool:
 
 
 def notable(raw: bytes) -> bool:
-    """Whether whole events may hold what must not pass unseen: usage, or an error inside a 200. `rfind`, for `in`
-    first tries its left side as a number, and forgets the exception: 0.46 us against 0.19."""
-    return raw.rfind(USAGE) >= 0 or raw.rfind(b'"error"') >= 0
+    """Whether whole events may hold what must not pass unseen: usage, an error inside a 200, a token of Harmony's own
+    (they all have a `|`). `rfind`, for `in` first tries its left side as a number and forgets the exception: 0.46 us
+    against 0.19."""
+    return raw.rfind(USAGE) >= 0 or raw.rfind(b'"error"') >= 0 or raw.rfind(b"|") >= 0
 
 
 def find_error(payload: bytes, dialect: str) -> int:

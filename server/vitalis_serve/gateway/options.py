@@ -28,6 +28,9 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     idle_seconds: float = 60
     client_stalled_seconds: float = 60
     upstream_idle_seconds: float = 60  # below the engines' own keep-alive (75 s for ours; 5 s by default)
+    breaker_failures: int = 5  # in a row, of one replica
+    retries_at_least: int = 16  # a minute, whatever a tenth of the traffic is
+    harmony: bool = False  # the engines' models speak Harmony (gpt-oss)
     workers: int = 1  # how many share the slots of each replica
     worker: int = 0  # which of them this is
     total_seconds: float = 1800

@@ -13,7 +13,7 @@ class Api:
     """One POST route of the engines. `dialect` tells how its errors, events and endings look."""
 
     path: bytes
-    dialect: str  # chat, completions, responses, messages, plain
+    dialect: str  # chat, completions, responses, messages, guidance, plain
     streams: bool
     request_line: bytes = b""
 
@@ -22,10 +22,13 @@ class Api:
         return Api(path, dialect, streams, b"POST %b HTTP/1.1\r\nhost: engine\r\n" % path)
 
 
+GUIDANCE: Final = b"/emergency-guidance"
+CHAT: Final = Api.of(b"/v1/chat/completions", "chat", streams=True)
 APIS: Final[dict[bytes, Api]] = {
     api.path: api
     for api in (
-        Api.of(b"/v1/chat/completions", "chat", streams=True),
+        CHAT,
+        Api(GUIDANCE, "guidance", True, CHAT.request_line),  # asked and answered as Vitalis' present callers do
         Api.of(b"/v1/completions", "completions", streams=True),
         Api.of(b"/v1/responses", "responses", streams=True),
         Api.of(b"/v1/messages", "messages", streams=True),

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vitalis_serve.errors import ServeError
-from vitalis_serve.gateway import events, headers, replies
+from vitalis_serve.gateway import events, guidance, harmony, headers, replies
 from vitalis_serve.gateway.access import Record
-from vitalis_serve.gateway.body import Body
+from vitalis_serve.gateway.breaker import SICK
+from vitalis_serve.gateway.intake import Intake
 from vitalis_serve.gateway.paths import Api
-from vitalis_serve.gateway.prefix import prefix
-from vitalis_serve.gateway.routing import affinity_key
+from vitalis_serve.gateway.retries import LOOKS_DEAD, may_retry
 from vitalis_serve.gateway.seats import CLASSES, Demand, cost
 
 if TYPE_CHECKING:
@@ -31,11 +31,9 @@ if TYPE_CHECKING:
     from vitalis_serve.gateway.state import WorkerState
 
 RECEIVING, QUEUED, CONNECTING, WAITING, RELAYING, DONE = range(6)
-MAX_ATTEMPTS: Final = 3
 MAX_HELD_BYTES: Final = 1 << 20  # a plain answer larger than this is relayed while it comes
 MAX_PREAMBLE_BYTES: Final = 16 << 20  # Responses repeats the whole request in its first event
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503})
-EXPECTED_OUTPUT_TOKENS: Final = 256
 # What the engine is told: lower goes first there. vLLM without priority scheduling takes no notice of it.
 PRIORITIES: Final = {class_: 10 * rank for rank, class_ in enumerate(CLASSES)}
 _EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
@@ -49,12 +47,20 @@ class Relay:
         "_connection",
         "_deadline",
         "_demand",
+        "_died_at",
+        "_digest",
+        "_fallbacks",
+        "_harmony_tried",
+        "_intake",
+        "_leaked",
+        "_probe",
         "_encoded",
         "_fresh",
         "_head",
         "_held",
         "_hide_usage",
         "_idle_since",
+        "_incarnation",
         "_last",
         "_prompt_tokens",
         "_reason",
@@ -117,10 +123,18 @@ class Relay:
         self.queued_seconds = 0.0
         self.first_at = 0.0
         self._encoded = b""
+        self._intake: Intake | None = None  # until the first token
         self._demand: Demand = None  # type: ignore[assignment]  # made by `start`
+        self._fallbacks: tuple[str, ...] = ()  # engines' models not tried yet
+        self._probe = False  # its end is what the replica's circuit breaker waits for
+        self._died_at = 0  # the number of the first try that ended as an engine's death looks
+        self._digest = b""  # of a request that was running when an engine seemed to die
+        self._harmony_tried = False
+        self._leaked = False
         self._seat: Seat | None = None
         self._reason = ""  # why this replica
         self._replica = ""
+        self._incarnation = 0
         self._connection: EngineConnection | None = None
         self._attempt = 0
         self._tries = 0
@@ -152,13 +166,30 @@ class Relay:
         api = self.api
         assert api is not None
         assert self.key is not None
-        body = Body(raw, api.dialect, streams=api.streams)
-        route = state.keys.route(self.key, body.model)
-        self.route, self.model = route.name, route.model
-        self.stream, self._hide_usage = body.stream, body.hide_usage
-        self._encoded = body.encode(route.model)
-        self._demand = self._asks(body)
+        intake = self._intake = Intake(
+            raw, api, self.key, state.keys, self.headers, harmony_model=state.options.harmony
+        )
+        self.route, self._fallbacks = intake.route, intake.fallbacks
+        self.stream, self._hide_usage = intake.body.stream, intake.body.hide_usage
+        state.retry_budget.came(now)
+        self._ask_for(intake.model, now)
         self._enter(now)
+
+    def _ask_for(self, model: str, now: float) -> None:
+        """The request as an engine's model would get it. Raises ServeError where that very body kills engines."""
+        state, intake = self._state, self._intake
+        assert intake is not None
+        self.model = model
+        encoded = self._encoded = intake.encode(model)
+        state.killers.check(encoded, now)
+        self._demand = intake.demand(
+            self,
+            model=model,
+            body_bytes=len(encoded),
+            output_tokens=state.estimates.expect(self.route, intake.key.tenant, intake.max_tokens),
+            deadline=self._deadline,
+            choices=len(state.fleet.replicas) > 1,
+        )
 
     def cancel(self, outcome: str = "client_gone", code: str = "") -> None:
         """The client is gone (or must go): the engine connection is closed at once, the slot given back."""
@@ -187,52 +218,43 @@ class Relay:
             self._fail(ServeError("total_timeout", "The request took longer than is allowed in all."))
         elif phase == WAITING and self.stream and now - self._idle_since >= self._state.options.first_token_seconds:
             self._count_failure("first_token_timeout")
+            self._sick(now)
             self._fail(ServeError("first_token_timeout", "The engine gave no first token in time."))
         elif phase == RELAYING:
             if self._fresh or self.client.paused_at:
                 self._fresh, self._idle_since = False, now
             elif now - self._idle_since >= self._state.options.idle_seconds:
                 self._count_failure("idle_timeout")
+                self._sick(now)
                 self._fail(ServeError("idle_timeout", "The engine stopped in the middle of the answer."))
 
     # -- admission
 
-    def _asks(self, body: Body) -> Demand:
-        """What this asks of an engine, in tokens as far as they can be told beforehand."""
-        state, key = self._state, self.key
-        assert key is not None
-        assert self.api is not None
-        affinity = session = 0
-        if len(state.fleet.replicas) > 1:  # one replica is everybody's home
-            salt = key.tenant.encode()
-            affinity = affinity_key(salt, prefix(body.fields, self.api.dialect))
-            if (named := self.headers.get(b"x-session-id")) is not None:
-                session = affinity_key(salt, named)
-        return Demand(
-            waiter=self,
-            model=self.model,
-            tenant=key.tenant,
-            class_=key.class_,
-            prompt_tokens=len(self._encoded) // 4,
-            output_tokens=EXPECTED_OUTPUT_TOKENS,
-            body_bytes=len(self._encoded),
-            affinity=affinity,
-            session=session,
-            deadline=self._deadline,
-            streamed=self.stream,
-        )
-
     def _enter(self, now: float) -> None:
+        """A slot, a place in the queue, or the same of the next fallback. Raises ServeError where there is none."""
         state = self._state
-        try:
-            granted = state.enter(self._demand, now)
-        except ServeError as error:
-            state.counters.shed[error.code] += 1
-            raise
+        while True:
+            try:
+                granted = state.enter(self._demand, now)
+            except ServeError as error:
+                state.counters.shed[error.code] += 1
+                if not self._fall_back(now):
+                    raise
+            else:
+                break
         if granted is None:
             self.phase, self.queued_at = QUEUED, now
         else:
             self.on_slot(*granted)
+
+    def _fall_back(self, now: float) -> bool:
+        """Whether another model may answer instead; never after the first byte, and never unsaid."""
+        if not self._fallbacks or self._intake is None:
+            return False
+        model, self._fallbacks = self._fallbacks[0], self._fallbacks[1:]
+        self._state.counters.fallbacks[self.route, model] += 1
+        self._ask_for(model, now)
+        return True
 
     def on_slot(self, seat: "Seat", reason: str) -> None:
         """Admission granted a slot."""
@@ -240,12 +262,20 @@ class Relay:
         if self.phase == DONE:  # the client left between the grant and this call: the slot goes on to the next
             state.leave(self)
             return
+        begun = state.breakers.begins(self, seat.replica.name, seat.replica.incarnation, state.now())
+        if not begun.goes:  # the breaker opened between the grant and this call
+            state.leave(self)
+            self._enter_again(seat.replica.name)
+            return
+        if begun.probe:
+            self._probe = True
+            state.keep_away(seat.replica.name, begun.keep_away)
         self._reason = reason
         if self.queued_at:
             self.queued_seconds += state.now() - self.queued_at
             self.queued_at = 0.0
         self._seat = seat
-        self._replica = seat.replica.name
+        self._replica, self._incarnation = seat.replica.name, seat.replica.incarnation
         self._tries += 1
         self._send()
 
@@ -260,8 +290,7 @@ class Relay:
 
     def on_stranded(self) -> None:
         """The last replica that held the model is gone while this waited in the queue."""
-        self.phase = WAITING  # no longer in the queue
-        self._fail(ServeError("no_ready_engine", "No engine is ready for this model just now.", retry_after=5))
+        self._out_of_queue(ServeError("no_ready_engine", "No engine is ready for this model just now.", retry_after=5))
 
     def on_queue_timeout(self) -> None:
         self._shed("queue_timeout", "No slot became free in time.")
@@ -272,14 +301,35 @@ class Relay:
             self._shed("queue_full", "All slots are taken and the queue is full.")
 
     def _shed(self, code: str, message: str) -> None:
-        self.phase = WAITING  # no longer in the queue
         self._state.counters.shed[code] += 1
-        self._fail(ServeError(code, message, retry_after=self._state.retry_after(self._demand.class_)))
+        self._out_of_queue(ServeError(code, message, retry_after=self._state.retry_after(self._demand.class_)))
+
+    def _out_of_queue(self, error: ServeError) -> None:
+        """It waited for nothing: another model, or the end."""
+        self.phase = WAITING
+        now = self._state.now()
+        if self.queued_at:
+            self.queued_seconds += now - self.queued_at
+            self.queued_at = 0.0
+        try:
+            if self._fall_back(now):
+                self._enter(now)
+                return
+        except ServeError as worse:
+            error = worse
+        self._fail(error)
+
+    def _enter_again(self, not_at: str) -> None:
+        self._demand = msgspec.structs.replace(self._demand, excluded=self._demand.excluded | {not_at})
+        try:
+            self._enter(self._state.now())
+        except ServeError as error:
+            self._fail(error)
 
     def _send(self) -> None:
         pool = self._state.pool(self._replica)
         if pool is None:
-            self._again("engine_unreachable", "The replica was taken away.")
+            self._again("gone", "engine_unreachable", "The replica was taken away.")
             return
         self._attempt += 1
         # Where one idle connection was stale the others may be too: the free retry is made on a new one.
@@ -325,9 +375,8 @@ class Relay:
 
     def on_connect_failed(self, attempt: int, reason: str) -> None:
         if attempt == self._attempt and self.phase == CONNECTING:
-            self._count_failure("connect")
             self._state.suspect(self._seat, reason)
-            self._again("engine_unreachable", "The engine could not be reached.")
+            self._try_failed("connect", "engine_unreachable", "The engine could not be reached.")
 
     def on_engine_data(self, payload: bytes, raw: bytes | None) -> None:
         """Body bytes of one read. `raw`: the read itself where it is whole chunks of whole events."""
@@ -369,6 +418,8 @@ class Relay:
         """The engine's answer is whole and its connection back in the pool; so is the slot, however slow the
         client may be."""
         self._connection = None
+        if status not in (500, 502):
+            self._answered()
         self._leave()
         if self.stream and status == 200:
             self._end_stream(payload)
@@ -379,22 +430,19 @@ class Relay:
         body = self._held + payload if self._held else payload
         if status == 200:
             self._end_plain(body, content_type)
-        elif status == 503:
-            self._count_failure("status_503")
-            self._again("queue_full", "Every engine that holds this model is busy.")
-        elif status in _RETRIED_STATUSES:
-            self._count_failure(f"status_{status}")
-            self._again("engine_protocol", f"The engine answered {status}: {_sentence(body)}")
-        else:
+        elif status not in _RETRIED_STATUSES:
             self._pass_on(status, body, content_type)
+        elif kind := harmony.failure(status, body):
+            self._harmony_failed(kind)
+        elif status == 503:
+            self._try_failed("status_503", "queue_full", "Every engine that holds this model is busy.")
+        else:
+            self._try_failed(f"status_{status}", "engine_protocol", f"The engine answered {status}: {_sentence(body)}")
 
     def on_engine_failed(self, kind: str, message: str) -> None:
         """What came is no HTTP; the connection is still open."""
-        self._count_failure(kind)
-        if self._connection is not None:
-            self._connection.drop()
-            self._connection = None
-        self._again("engine_protocol", message)
+        self._drop_connection()
+        self._try_failed(kind, "engine_protocol", message)
 
     def on_engine_lost(self, *, started: bool, reused: bool) -> None:
         """The connection is gone before the answer was whole."""
@@ -410,9 +458,12 @@ class Relay:
             self._state.counters.retries["stale_connection"] += 1
             self._send()
             return
-        self._count_failure("cut" if started else "reset")
         self._state.suspect(self._seat, "connection lost")
-        self._again("engine_unreachable", "The connection to the engine was lost before its answer was whole.")
+        self._try_failed(
+            "cut" if started else "reset",
+            "engine_unreachable",
+            "The connection to the engine was lost before its answer was whole.",
+        )
 
     # -- holding back
 
@@ -423,21 +474,24 @@ class Relay:
         while (end := held.find(b"\n\n", start)) >= 0:
             verdict = events.judge(held[start:end], dialect)
             if verdict == "token":
-                self._begin_stream()
+                if dialect != "completions" and harmony.leak(held[start:end]) == "tool_name":
+                    self._drop_connection()
+                    self._harmony_failed("tool_name")
+                else:
+                    self._begin_stream()
                 return
             if verdict == "error":
                 self._in_stream_error(held[start:end])
                 return
             if verdict == "end":
                 self._drop_connection()
-                self._count_failure("aborted")
-                self._again("engine_unreachable", "The engine ended its answer before the first token.")
+                self._try_failed("aborted", "engine_unreachable", "The engine ended its answer before the first token.")
                 return
             start = end + 2
         self._head = start
         if len(held) > MAX_PREAMBLE_BYTES:
             self._drop_connection()
-            self._again("engine_protocol", "The engine's answer does not begin.")
+            self._try_failed("protocol", "engine_protocol", "The engine's answer does not begin.")
 
     def _begin_stream(self) -> None:
         """The first token is here: head and preamble go out with it, and the body is not needed any more."""
@@ -451,11 +505,12 @@ class Relay:
         self._drop_connection()
         data = events.data_of(event)
         status = _status_of(data)
-        if 400 <= status < 500:
+        if kind := harmony.failure(200, data):
+            self._harmony_failed(kind)
+        elif 400 <= status < 500:
             self._pass_on(status, data, b"application/json")
         else:
-            self._count_failure("in_stream_error")
-            self._again("engine_protocol", f"The engine failed: {_sentence(data)}")
+            self._try_failed("in_stream_error", "engine_protocol", f"The engine failed: {_sentence(data)}")
 
     # -- relaying
 
@@ -464,8 +519,9 @@ class Relay:
         now = self.first_at = self._state.now()
         self.phase, self.status = RELAYING, 200
         self._fresh = True
-        self._encoded = b""
+        self._encoded, self._intake = b"", None
         self._state.give_back_body(self)
+        self._answered()
         if content_length >= 0:
             framing = b"content-length: %d\r\n" % content_length
         elif self.http_1_0:
@@ -525,6 +581,13 @@ class Relay:
         if error_at >= 0:
             self._relay_engine_error(whole, error_at)
             return
+        leak = harmony.leak(whole) if self.dialect != "completions" else ""
+        if leak == "tool_name":
+            self._harmony_failed(leak)
+            return
+        if leak and not self._leaked:
+            self._leaked = True
+            self._count_failure("harmony_content")
         self._last = whole
         self._write_body(whole)
 
@@ -541,6 +604,10 @@ class Relay:
     def _relay_engine_error(self, whole: bytes, at: int) -> None:
         """The engine's own error event ends the stream; the `[DONE]` that vLLM sends after it would be a lie."""
         end = whole.find(b"\n\n", at + 1)
+        if kind := harmony.failure(200, events.data_of(whole[at:end].strip(b"\n"))):
+            self._write_body(whole[:at])
+            self._harmony_failed(kind)
+            return
         self._count_failure("in_stream_error")
         self._write_body(whole[: end + 2])
         self._drop_connection()
@@ -571,8 +638,7 @@ class Relay:
             attempt = self._attempt
             self._hold_events(payload)
             if self.phase == WAITING and self._attempt == attempt:
-                self._count_failure("no_token")
-                self._again("engine_protocol", "The engine's stream ended before its first token.")
+                self._try_failed("no_token", "engine_protocol", "The engine's stream ended before its first token.")
                 return
             if self.phase != RELAYING:
                 return
@@ -593,12 +659,30 @@ class Relay:
 
     def _end_plain(self, body: bytes, content_type: bytes) -> None:
         if events.given_up(body, self.dialect):
-            self._count_failure("aborted")
-            self._again("engine_unreachable", "The engine gave the request up.")
+            self._try_failed("aborted", "engine_unreachable", "The engine gave the request up.")
             return
         self._take_usage(body)
+        leak = harmony.leak(body) if self.dialect != "completions" else ""
+        if leak == "tool_name":
+            self._harmony_failed(leak)
+            return
+        if leak:
+            self._count_failure("harmony_content")
+        if self.dialect == "guidance":
+            try:
+                body = self._guidance(body)
+            except ServeError as error:
+                self._fail(error)
+                return
         self._answer(200, body, content_type)
         self._release("ok", "")
+
+    def _guidance(self, body: bytes) -> bytes:
+        """Raises ServeError where all of the answer went into reasoning."""
+        assert self._intake is not None
+        assert self._intake.question is not None
+        seconds = self._state.now() - self.received_at
+        return msgspec.json.encode(guidance.answer(self._intake.question, body, seconds))
 
     def _end_large(self, payload: bytes) -> None:
         self._take_usage(payload)
@@ -618,23 +702,62 @@ class Relay:
         self.status = status
         self._write(b"%bcontent-length: %d\r\n\r\n%b" % (self._head_lines(status, content_type, now), len(body), body))
 
-    def _again(self, code: str, message: str) -> None:
-        """Another replica, where nothing was relayed and tries are left; else the end."""
+    def _try_failed(self, kind: str, code: str, message: str) -> None:
+        """A try ended without an answer; `kind` as `vitalis_upstream_failures_total` names it."""
+        state, now = self._state, self._state.now()
+        self._count_failure(kind)
+        if kind in SICK:
+            self._sick(now)
+        if kind in LOOKS_DEAD:
+            self._died_at = self._died_at or self._tries
+            if self._encoded:
+                self._digest = state.killers.failed(self._replica, self._incarnation, self._encoded, now)
+        self._again(kind, code, message)
+
+    def _again(self, kind: str, code: str, message: str, *, elsewhere: bool = True) -> None:
+        """Another try where that may be, on another replica unless this one is not to blame; else the end."""
+        state, now = self._state, self._state.now()
         error = ServeError(code, message)
         if error.status == 503:
-            error.retry_after = self._state.retry_after(self._demand.class_)
-        if self.phase == RELAYING or self._tries >= MAX_ATTEMPTS:
+            error.retry_after = state.retry_after(self._demand.class_)
+        relayed = self.phase == RELAYING
+        if not may_retry(kind, self._tries, self._died_at, relayed, state.retry_budget, now):
             self._fail(error)
             return
         self._leave()
-        self._demand = msgspec.structs.replace(self._demand, excluded=self._demand.excluded | {self._replica})
         self._held, self._head = b"", 0
+        if elsewhere:
+            excluded = self._demand.excluded | {self._replica}
+            self._demand = msgspec.structs.replace(self._demand, excluded=excluded)
         try:
-            self._enter(self._state.now())
+            self._enter(now)
         except ServeError:
             self._fail(error)
         else:
-            self._state.counters.retries[code] += 1
+            state.retry_budget.spend(now)
+            state.counters.retries[code] += 1
+
+    def _harmony_failed(self, kind: str) -> None:
+        """The model's own doing, not the replica's: once more wherever there is room, then a plain sentence."""
+        self._count_failure(f"harmony_{kind}")
+        if self.phase == RELAYING or self._harmony_tried:
+            self._drop_connection()
+            self._fail(ServeError("engine_protocol", harmony.sentence(kind)))
+        else:
+            self._harmony_tried = True
+            self._again("harmony", "engine_protocol", harmony.sentence(kind), elsewhere=False)
+
+    # -- the circuit breaker
+
+    def _answered(self) -> None:
+        """The engine answers, whatever it says."""
+        state = self._state
+        state.keep_away(self._replica, state.breakers.answered(self, self._replica, self._incarnation))
+
+    def _sick(self, now: float) -> None:
+        state = self._state
+        verdict = state.breakers.failed(self, self._replica, self._incarnation, now, state.jitter())
+        state.keep_away(self._replica, verdict)
 
     def _fail(self, error: ServeError) -> None:
         outcome = "engine_error" if self._tries else "refused"
@@ -664,9 +787,13 @@ class Relay:
 
     def _leave(self) -> None:
         """Gives the slot back, if there is one to give."""
-        if self._seat is not None:
-            self._seat = None
-            self._state.leave(self)
+        seat, self._seat = self._seat, None
+        if seat is not None:
+            state = self._state
+            if self._probe:
+                self._probe = False
+                state.keep_away(self._replica, state.breakers.ended(self, self._replica, self._incarnation))
+            state.leave(self)
 
     def _count_failure(self, kind: str) -> None:
         self._state.counters.upstream_failures[self._replica, kind] += 1
@@ -679,6 +806,7 @@ class Relay:
         self.phase = DONE
         self._attempt += 1  # a connection still being opened is nobody's now
         self._encoded = self._held = b""
+        self._intake = None
         self._drop_connection()
         self._leave()
         self._state.give_back_body(self)
@@ -701,6 +829,11 @@ class Relay:
             used = cost(self._prompt_tokens, self._completion_tokens)
             state.admission.settle(asked.tenant, asked.class_, charged, used, asked.weight)
         if outcome == "ok":
+            if self._completion_tokens:
+                tokens = self._completion_tokens
+                state.estimates.learn(self.route, asked.tenant, asked.output_tokens, tokens)
+            if self._digest:
+                state.killers.cleared(self._digest)
             counts.request.observe(total)
             counts.first_byte.observe(first)
             if self.stream:

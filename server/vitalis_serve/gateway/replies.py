@@ -6,6 +6,7 @@ from typing import Any, Final
 import msgspec
 
 from vitalis_serve.errors import NEVER_RETRIED, ServeError
+from vitalis_serve.gateway import guidance
 
 STATUS_LINES: Final[dict[int, bytes]] = {
     **{code: b"HTTP/1.1 %d \r\n" % code for code in range(100, 600)},
@@ -21,7 +22,9 @@ _ANTHROPIC: Final = {
 
 
 def envelope(error: ServeError, dialect: str, request_id: str) -> dict[str, Any]:
-    """OpenAI's error document; Anthropic's on /v1/messages."""
+    """OpenAI's error document; Anthropic's on /v1/messages; a sentence on /emergency-guidance."""
+    if dialect == "guidance":
+        return guidance.envelope(error.message)
     if dialect == "messages":
         kind = _ANTHROPIC.get(error.type, error.type)
         return {
@@ -33,7 +36,9 @@ def envelope(error: ServeError, dialect: str, request_id: str) -> dict[str, Any]
 
 
 def engine_envelope(document: bytes, status: int, dialect: str, request_id: str) -> bytes:
-    """An engine's own error answer, put into Anthropic's envelope where the client speaks that."""
+    """An engine's own error answer, put into the envelope that the client speaks."""
+    if dialect == "guidance":
+        return _encode(guidance.engine_envelope(document))
     if dialect != "messages":
         return document
     try:

@@ -18,7 +18,7 @@ SLICES: Final = 12
 # `gone`: the replica was taken away before it was asked.
 RETRIED: Final = frozenset(
     {
-        "gone", "connect", "reset", "cut", "protocol", "aborted", "no_token", "in_stream_error",
+        "gone", "harmony", "connect", "reset", "cut", "protocol", "aborted", "no_token", "in_stream_error",
         "status_500", "status_502", "status_503",
     }
 )  # fmt: skip

@@ -68,6 +68,7 @@ class Seat:
     prefill: int = 0
     takes: bool = False
     open: bool = True  # False while the circuit breaker keeps requests away
+    trial: bool = False  # open for one request only
     models: frozenset[str] = frozenset()
     held_for: Any = None
 

@@ -8,13 +8,17 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
-from vitalis_serve.fleet import Fleet
+from vitalis_serve.fleet import Fleet, Replica, ReplicaState
 from vitalis_serve.gateway.access import AccessLog
 from vitalis_serve.gateway.admission import Admission, AdmissionOptions, ClassLimits, Grant
+from vitalis_serve.gateway.breaker import BreakerOptions, Breakers, State
 from vitalis_serve.gateway.counters import Counters
+from vitalis_serve.gateway.estimates import Estimates
 from vitalis_serve.gateway.keys import KeyTable
+from vitalis_serve.gateway.killers import Killers
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.gateway.pool import EnginePool
+from vitalis_serve.gateway.retries import RetryBudget
 from vitalis_serve.gateway.routing import policy
 from vitalis_serve.gateway.seats import CLASSES, Demand, Seat
 
@@ -25,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 TICK_SECONDS: Final = 0.1
+SERVING: Final = frozenset({ReplicaState.READY, ReplicaState.BUSY, ReplicaState.SUSPECT})
+CRASHED: Final = frozenset({ReplicaState.BACKOFF, ReplicaState.FAILED})
 
 
 class WorkerState:
@@ -40,6 +46,10 @@ class WorkerState:
             routing=policy(options.routing, options.worker),
             share=1 / options.workers,
         )
+        self.breakers = Breakers(BreakerOptions(failures=options.breaker_failures))
+        self.killers = Killers()
+        self.retry_budget = RetryBudget(at_least=options.retries_at_least)
+        self.estimates = Estimates()
         self.keys: KeyTable = KeyTable.decode(b'{"version":0}')
         self.fleet = Fleet()
         self.unready = False  # stopping soon: whoever asks /readyz may go elsewhere, requests are still taken
@@ -83,7 +93,15 @@ class WorkerState:
             if pools.get(name) is not pool:
                 pool.retire()
         self._pools, self.fleet = pools, fleet
-        self.dispatch(self.admission.update(fleet, self.now()))
+        now = self.now()
+        for replica in fleet.replicas:
+            if (before := old.get(replica.name)) is not None and _crashed(before, replica):
+                self.killers.died(replica.name, before.incarnation, now)
+        self.killers.keep(frozenset(pools))
+        renewed = self.breakers.update({r.name: r.incarnation for r in fleet.replicas})
+        self.dispatch(self.admission.update(fleet, now))
+        for name in renewed:
+            self.keep_away(name, False)
         for relay in self.admission.stranded():
             relay.on_stranded()
 
@@ -116,6 +134,12 @@ class WorkerState:
         if grants := self.admission.first_token(relay, now):
             self.dispatch(grants)
 
+    def keep_away(self, replica: str, verdict: bool | None) -> None:
+        """What a circuit breaker says; None where nothing changes."""
+        if verdict is not None:
+            trial = self.breakers.state(replica) is State.HALF_OPEN
+            self.dispatch(self.admission.set_breaker(replica, self.now(), is_open=verdict, trial=trial))
+
     def retry_after(self, class_: str) -> float:
         return self.admission.retry_after(class_, self.now(), self.jitter())
 
@@ -126,6 +150,8 @@ class WorkerState:
 
     def expire(self, now: float) -> None:
         """What time alone brings to those who wait."""
+        for replica in self.breakers.tick(now):
+            self.keep_away(replica, False)
         self.dispatch(self.admission.tick(now))
         for relay in self.admission.expired(now):
             relay.on_queue_timeout()
@@ -157,6 +183,10 @@ class WorkerState:
             ("vitalis_replica_in_flight", {"replica": seat.replica.name}, seat.in_flight)
             for seat in self.admission.seats()
         ]
+        gauges += [
+            ("vitalis_breaker_open", {"replica": name}, float(self.breakers.state(name) is not State.CLOSED))
+            for name in self._pools
+        ]
         for pool in self._pools.values():
             idle = pool.idle
             gauges.append(("vitalis_upstream_connections", {"replica": pool.name, "state": "idle"}, idle))
@@ -167,7 +197,19 @@ class WorkerState:
                     pool.open - idle,
                 )
             )
-        return self.counters.report(gauges, self.access.dropped)
+        counted = [
+            ("vitalis_access_log_dropped_total", {}, self.access.dropped),
+            ("vitalis_estimate_error_tokens_total", {}, self.estimates.error_tokens),
+            ("vitalis_estimates_total", {}, self.estimates.settled),
+            ("vitalis_killers_refused_total", {}, self.killers.refusals),
+            *(("vitalis_breaker_openings_total", {"replica": r}, n) for r, n in self.breakers.openings.items()),
+        ]
+        return self.counters.report(gauges, counted)
+
+
+def _crashed(before: Replica, now: Replica) -> bool:
+    """Whether the process that was there before came to an end that nobody asked for."""
+    return before.state in SERVING and before.incarnation == now.incarnation and now.state in CRASHED
 
 
 def _nobody(replica: str, incarnation: int, reason: str) -> None:

@@ -198,6 +198,7 @@ class Worker:
             state.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode()
             due = max(due, now - period)
             state.expire(now)
+            state.killers.expire(now)
             for connection in list(self._connections):
                 connection.check(now)  # type: ignore[union-attr]  # they are all ours
             for pool in state.pools():

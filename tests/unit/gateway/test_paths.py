@@ -2,12 +2,13 @@
 
 import pytest
 from vitalis_serve.gateway.events import ENDINGS, ERRORS
-from vitalis_serve.gateway.paths import APIS, OWN, path_of
+from vitalis_serve.gateway.paths import APIS, GUIDANCE, OWN, path_of
 
 
 def test_the_whole_list() -> None:
     assert {path: (api.dialect, api.streams) for path, api in APIS.items()} == {
         b"/v1/chat/completions": ("chat", True),
+        b"/emergency-guidance": ("guidance", True),
         b"/v1/completions": ("completions", True),
         b"/v1/responses": ("responses", True),
         b"/v1/messages": ("messages", True),
@@ -19,13 +20,14 @@ def test_the_whole_list() -> None:
 
 
 def test_every_dialect_that_streams_has_an_ending_and_an_error() -> None:
-    dialects = {api.dialect for api in APIS.values() if api.streams}
+    dialects = {api.dialect for api in APIS.values() if api.streams and api.path != GUIDANCE}  # never streamed
     assert dialects == set(ENDINGS) == set(ERRORS)
 
 
 def test_request_lines() -> None:
     for path, api in APIS.items():
-        assert api.request_line == b"POST " + path + b" HTTP/1.1\r\nhost: engine\r\n"
+        asked = b"/v1/chat/completions" if path == GUIDANCE else path
+        assert api.request_line == b"POST " + asked + b" HTTP/1.1\r\nhost: engine\r\n"
 
 
 @pytest.mark.parametrize(
