@@ -52,8 +52,9 @@ def ended_by(number: int, moment: float, var: Path, *words: str) -> tuple[int, s
     argv = [sys.executable, "-P", "-m", "vitalis_serve", *words, "--config", str(var.parent / "c.yaml")]
     environ = {**ENVIRONMENT, "VITALIS_CACHE": str(var.parent / "cache")}
     with subprocess.Popen(
-        argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
+        argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=as_from_a_terminal,
+    ) as process:  # fmt: skip
         try:
             deadline = time.monotonic() + 30
             # Before that the interpreter is on its own. SIGHUP is the last one taken.
@@ -66,6 +67,12 @@ def ended_by(number: int, moment: float, var: Path, *words: str) -> tuple[int, s
         finally:
             process.kill()
     return process.returncode, said
+
+
+def as_from_a_terminal() -> None:
+    """Whoever runs the tests in the background of a script has SIGINT ignored, and what is ignored stays so."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def catches(pid: int, number: int) -> bool:
