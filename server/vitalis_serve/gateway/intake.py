@@ -29,29 +29,43 @@ class Intake:
     """One request, read. `model`: the engine's name that it goes to first. `question`: of /emergency-guidance."""
 
     __slots__ = (
-        "_conversation", "_dialect", "_salt", "body", "class_", "fallbacks", "key", "max_tokens", "model", "question",
+        "_affinity", "_salt", "_session", "body", "class_", "fallbacks", "key", "max_tokens", "model", "question",
         "route",
     )  # fmt: skip
 
     def __init__(
-        self, raw: bytes, api: Api, key: "Key", keys: "KeyTable", headers: Mapping[bytes, bytes], *, harmony_model: bool
+        self,
+        raw: bytes,
+        api: Api,
+        key: "Key",
+        keys: "KeyTable",
+        headers: Mapping[bytes, bytes],
+        *,
+        harmony_model: bool,
+        choices: bool,
     ) -> None:
-        """Raises ServeError invalid_json, invalid_request, unsupported_field, model_not_found, route_not_allowed."""
+        """`choices`: more than one replica; one alone is everybody's home.
+
+        Raises ServeError invalid_json, invalid_request, unsupported_field, model_not_found, route_not_allowed."""
         self.question: guidance.Question | None = None
         if api.path == GUIDANCE:
             self.question = guidance.read(raw)
             raw = guidance.chat_body(self.question, guidance.route_for(keys.allowed(key)).name)
-        dialect = self._dialect = "chat" if self.question is not None else api.dialect
+        dialect = "chat" if self.question is not None else api.dialect
         body = self.body = Body(raw, dialect, streams=api.streams)
         route = keys.route(key, body.model)
         self.key, self.route, self.class_ = key, route.name, route.class_for(key)
         self.model, self.fallbacks = route.model, route.fallbacks
-        self._conversation = headers.get(SESSION, b"")
         policy = keys.policies.get(route.name)
+        session = headers.get(SESSION, b"")
+        # As the client wrote it: behind a long preamble all conversations would look alike.
+        begins = prefix(body.fields, dialect) if choices or (policy is not None and policy.chooses) else b""
+        sharers = keys.sharers(key.tenant).encode()
+        self._affinity = affinity_key(sharers, begins) if choices else 0
+        self._session = affinity_key(sharers, session) if choices and session else 0
         if policy is not None:
             policy.apply(body.fields, dialect, generates=api.streams)
-            conversation = self._conversation or prefix(body.fields, dialect)
-            self.model = policy.model(key.tenant, conversation) or route.model
+            self.model = policy.model(key.tenant, session or begins) or route.model
         if harmony_model and (words := harmony.breaks(body.fields, dialect)):
             raise ServeError("unsupported_field", words)
         self._salt = keys.salt(key.tenant)
@@ -62,15 +76,16 @@ class Intake:
         return self.body.encode(model, self._salt)
 
     def demand(
-        self, waiter: Any, *, model: str, body_bytes: int, output_tokens: int, deadline: float, choices: bool
+        self,
+        waiter: Any,
+        *,
+        model: str,
+        body_bytes: int,
+        output_tokens: int,
+        deadline: float = 0.0,
+        excluded: frozenset[str] = frozenset(),
     ) -> Demand:
-        """What it asks of an engine. `choices`: more than one replica; one alone is everybody's home."""
-        affinity = session = 0
-        if choices:
-            salt = self.key.tenant.encode()
-            affinity = affinity_key(salt, prefix(self.body.fields, self._dialect))
-            if self._conversation:
-                session = affinity_key(salt, self._conversation)
+        """What it asks of an engine."""
         return Demand(
             waiter=waiter,
             model=model,
@@ -79,9 +94,10 @@ class Intake:
             prompt_tokens=body_bytes // 4,
             output_tokens=output_tokens,
             body_bytes=body_bytes,
-            affinity=affinity,
-            session=session,
+            affinity=self._affinity,
+            session=self._session,
             deadline=deadline,
+            excluded=excluded,
             streamed=self.body.stream,
         )
 

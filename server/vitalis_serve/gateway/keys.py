@@ -157,6 +157,11 @@ class KeyTable:
             raise ServeError("route_not_allowed", f"This key may not use `{name}`. It may use: {known}.", param="model")
         return route
 
+    def sharers(self, tenant: str) -> str:
+        """Who shares a prefix cache with a tenant: its group (no tenant's name has a colon), else itself alone."""
+        group = self._cache_groups.get(tenant)
+        return tenant if group is None else f"group:{group}"
+
     def salt(self, tenant: str) -> msgspec.Raw:
         """The `cache_salt` of a tenant's requests, as JSON: who does not know it can neither read nor time what
         another tenant left in an engine's prefix cache."""

@@ -49,12 +49,14 @@ class Relay:
         "_demand",
         "_died_at",
         "_digest",
+        "_fallback",
         "_fallbacks",
         "_harmony_tried",
         "_intake",
         "_leaked",
         "_probe",
         "_encoded",
+        "_excluded",
         "_fresh",
         "_head",
         "_held",
@@ -66,7 +68,7 @@ class Relay:
         "_reason",
         "_replica",
         "_seat",
-        "_stale_retries",
+        "_stale_at",
         "_state",
         "_tail",
         "_tries",
@@ -126,6 +128,8 @@ class Relay:
         self._intake: Intake | None = None  # until the first token
         self._demand: Demand = None  # type: ignore[assignment]  # made by `start`
         self._fallbacks: tuple[str, ...] = ()  # engines' models not tried yet
+        self._fallback = ""  # the one that is asked instead of the route's own
+        self._excluded: frozenset[str] = frozenset()  # replicas that failed it
         self._probe = False  # its end is what the replica's circuit breaker waits for
         self._died_at = 0  # the number of the first try that ended as an engine's death looks
         self._digest = b""  # of a request that was running when an engine seemed to die
@@ -138,7 +142,7 @@ class Relay:
         self._connection: EngineConnection | None = None
         self._attempt = 0
         self._tries = 0
-        self._stale_retries = 0
+        self._stale_at = 0  # the try that met a stale connection
         self._held = b""
         self._hide_usage = False
         self._head = 0  # bytes of `_held` already judged
@@ -167,7 +171,13 @@ class Relay:
         assert api is not None
         assert self.key is not None
         intake = self._intake = Intake(
-            raw, api, self.key, state.keys, self.headers, harmony_model=state.options.harmony
+            raw,
+            api,
+            self.key,
+            state.keys,
+            self.headers,
+            harmony_model=state.options.harmony,
+            choices=len(state.fleet.replicas) > 1,
         )
         self.route, self._fallbacks = intake.route, intake.fallbacks
         self.stream, self._hide_usage = intake.body.stream, intake.body.hide_usage
@@ -188,7 +198,7 @@ class Relay:
             body_bytes=len(encoded),
             output_tokens=state.estimates.expect(self.route, intake.key.tenant, intake.max_tokens),
             deadline=self._deadline,
-            choices=len(state.fleet.replicas) > 1,
+            excluded=self._excluded,
         )
 
     def cancel(self, outcome: str = "client_gone", code: str = "") -> None:
@@ -237,7 +247,8 @@ class Relay:
             try:
                 granted = state.enter(self._demand, now)
             except ServeError as error:
-                state.counters.shed[error.code] += 1
+                if not self._tries:  # after a try the client is told how that failed
+                    state.counters.shed[error.code] += 1
                 if not self._fall_back(now):
                     raise
             else:
@@ -251,31 +262,35 @@ class Relay:
         """Whether another model may answer instead; never after the first byte, and never unsaid."""
         if not self._fallbacks or self._intake is None:
             return False
-        model, self._fallbacks = self._fallbacks[0], self._fallbacks[1:]
+        model = self._fallback = self._fallbacks[0]
+        self._fallbacks = self._fallbacks[1:]
         self._state.counters.fallbacks[self.route, model] += 1
         self._ask_for(model, now)
         return True
 
     def on_slot(self, seat: "Seat", reason: str) -> None:
         """Admission granted a slot."""
-        state = self._state
+        state, name = self._state, seat.replica.name
+        begun = state.breakers.begins(self, name, seat.replica.incarnation, state.now())
         if self.phase == DONE:  # the client left between the grant and this call: the slot goes on to the next
+            if begun.probe:
+                state.keep_away(name, state.breakers.ended(self, name, seat.replica.incarnation))
             state.leave(self)
             return
-        begun = state.breakers.begins(self, seat.replica.name, seat.replica.incarnation, state.now())
-        if not begun.goes:  # the breaker opened between the grant and this call
-            state.leave(self)
-            self._enter_again(seat.replica.name)
-            return
-        if begun.probe:
-            self._probe = True
-            state.keep_away(seat.replica.name, begun.keep_away)
-        self._reason = reason
         if self.queued_at:
             self.queued_seconds += state.now() - self.queued_at
             self.queued_at = 0.0
+        if not begun.goes:  # the breaker opened between the grant and this call
+            state.keep_away(name, True)
+            state.leave(self)
+            self._enter_again()
+            return
+        if begun.probe:
+            self._probe = True
+            state.keep_away(name, begun.keep_away)
+        self._reason = reason
         self._seat = seat
-        self._replica, self._incarnation = seat.replica.name, seat.replica.incarnation
+        self._replica, self._incarnation = name, seat.replica.incarnation
         self._tries += 1
         self._send()
 
@@ -319,12 +334,17 @@ class Relay:
             error = worse
         self._fail(error)
 
-    def _enter_again(self, not_at: str) -> None:
-        self._demand = msgspec.structs.replace(self._demand, excluded=self._demand.excluded | {not_at})
+    def _enter_again(self) -> None:
+        """It was not sent: another replica, or the queue until this one is let in again."""
         try:
             self._enter(self._state.now())
         except ServeError as error:
             self._fail(error)
+
+    def _exclude(self, replica: str) -> None:
+        """Not there again, under whatever model's name."""
+        self._excluded |= {replica}
+        self._demand = msgspec.structs.replace(self._demand, excluded=self._excluded)
 
     def _send(self) -> None:
         pool = self._state.pool(self._replica)
@@ -333,7 +353,7 @@ class Relay:
             return
         self._attempt += 1
         # Where one idle connection was stale the others may be too: the free retry is made on a new one.
-        connection = None if self._stale_retries else pool.take()
+        connection = None if self._stale_at else pool.take()
         if connection is not None:
             self._assign(connection)
         else:
@@ -376,7 +396,9 @@ class Relay:
     def on_connect_failed(self, attempt: int, reason: str) -> None:
         if attempt == self._attempt and self.phase == CONNECTING:
             self._state.suspect(self._seat, reason)
-            self._try_failed("connect", "engine_unreachable", "The engine could not be reached.")
+            # What looked like a stale connection was the engine's death, with this request on it.
+            kind = "reset" if self._stale_at == self._tries else "connect"
+            self._try_failed(kind, "engine_unreachable", "The engine could not be reached.")
 
     def on_engine_data(self, payload: bytes, raw: bytes | None) -> None:
         """Body bytes of one read. `raw`: the read itself where it is whole chunks of whole events."""
@@ -452,9 +474,9 @@ class Relay:
             self._end_framing()
             self._release("ok", "")
             return
-        if reused and not started and not self._stale_retries and self.phase == WAITING:
+        if reused and not started and not self._stale_at and self.phase == WAITING:
             # An idle connection that the engine closed just as it was used: costs nobody anything.
-            self._stale_retries += 1
+            self._stale_at = self._tries
             self._state.counters.retries["stale_connection"] += 1
             self._send()
             return
@@ -474,7 +496,8 @@ class Relay:
         while (end := held.find(b"\n\n", start)) >= 0:
             verdict = events.judge(held[start:end], dialect)
             if verdict == "token":
-                if dialect != "completions" and harmony.leak(held[start:end]) == "tool_name":
+                # in all that is held: Responses and Messages name a tool before its first argument
+                if dialect != "completions" and harmony.leak(held[:end]) == "tool_name":
                     self._drop_connection()
                     self._harmony_failed("tool_name")
                 else:
@@ -552,6 +575,8 @@ class Relay:
         )
         if not self.keep_alive:
             line += b"connection: close\r\n"
+        if self._fallback:
+            line += b"x-vitalis-fallback: %b\r\n" % self._fallback.encode()
         if self.key is not None and "debug" in self.key.scopes:
             line += b"x-vitalis-replica: %b\r\nx-vitalis-reason: %b\r\n" % (
                 self._replica.encode(),
@@ -727,8 +752,7 @@ class Relay:
         self._leave()
         self._held, self._head = b"", 0
         if elsewhere:
-            excluded = self._demand.excluded | {self._replica}
-            self._demand = msgspec.structs.replace(self._demand, excluded=excluded)
+            self._exclude(self._replica)
         try:
             self._enter(now)
         except ServeError:
@@ -760,7 +784,7 @@ class Relay:
         state.keep_away(self._replica, verdict)
 
     def _fail(self, error: ServeError) -> None:
-        outcome = "engine_error" if self._tries else "refused"
+        outcome = "engine_error" if self._tries and error.status >= 500 else "refused"
         if self.phase != RELAYING:
             self.status = error.status
             self._drop_connection()

@@ -106,6 +106,11 @@ class RoutePolicy:
         if self._preamble is not None:
             self._preamble.apply(fields, dialect, self._name)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the model depends on the conversation."""
+        return bool(self._weights)
+
     def model(self, tenant: str, conversation: bytes) -> str | None:
         """The model chosen by weight, None where the route has just one. The same conversation of a tenant always
         gets the same, and a change of weights moves no more conversations than it must (weighted rendezvous)."""
