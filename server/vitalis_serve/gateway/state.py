@@ -46,7 +46,9 @@ class WorkerState:
             routing=policy(options.routing, options.worker),
             share=1 / options.workers,
         )
-        self.breakers = Breakers(BreakerOptions(failures=options.breaker_failures))
+        # A probe may take as long as its first token.
+        patience = options.connect_seconds + options.first_token_seconds + 25
+        self.breakers = Breakers(BreakerOptions(failures=options.breaker_failures, probe_seconds=patience))
         self.killers = Killers()
         self.retry_budget = RetryBudget(at_least=options.retries_at_least)
         self.estimates = Estimates()
