@@ -17,7 +17,7 @@ place: granted, queued, or gone.
 """
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -333,11 +333,23 @@ class Admission:
         seat.ordinary_prefill = int(seat.prefill_limit * ordinary)
 
     def _someone_first(self, queue: ClassQueue, demand: Demand) -> bool:
+        """Whether it must queue: no replica has room for it, or one has for which somebody else waits already."""
         if not self._waiting:
             return False
+        rivals: Iterable[ClassQueue] = self._classes.values()
         if queue is self._emergency:
-            return bool(queue.count)
-        return len(self._waiting) > self._emergency.count or self._emergency.waits_for(demand.model)
+            if not queue.count:
+                return False
+            rivals = (queue,)
+        elif len(self._waiting) == self._emergency.count and not self._emergency.waits_for(demand.model):
+            return False
+        heavy, free = self._heavy(demand), False
+        for seat in self._seats.values():
+            if not seat.lacks(demand, heavy):
+                if any(rival.count and rival.waits_for(model) for rival in rivals for model in seat.models):
+                    return True
+                free = True
+        return not free
 
     def _may_fit(self, demand: Demand) -> bool:
         heavy = self._heavy(demand)

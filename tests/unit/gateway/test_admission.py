@@ -517,3 +517,14 @@ def test_a_full_queue_costs_a_slots_return_next_to_nothing() -> None:
 
     # 200 times the queue, and each return of a slot no dearer than the noise of a busy machine
     assert min(seconds(20_000) for _ in range(3)) < 20 * max(seconds(100) for _ in range(3))
+
+
+@pytest.mark.parametrize("class_", ["standard", "emergency"])
+def test_a_queue_full_of_others_who_wait_elsewhere_is_in_nobodys_way(class_: str) -> None:
+    made = admission(replica("e0", 1, ("m",)), replica("e1", 1, ("n",)), queue=2)
+    entered(made, "first", class_=class_)
+    queued(made, 1, 2, class_=class_)
+    assert entered(made, "other", model="n", class_=class_).replica.name == "e1"
+    with pytest.raises(ServeError) as refused:
+        made.enter(ask("late", model="n", class_=class_), 0.0)
+    assert refused.value.code == "queue_full"
