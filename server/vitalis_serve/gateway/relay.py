@@ -49,12 +49,14 @@ class Relay:
         "_demand",
         "_died_at",
         "_digest",
+        "_fallback",
         "_fallbacks",
         "_harmony_tried",
         "_intake",
         "_leaked",
         "_probe",
         "_encoded",
+        "_excluded",
         "_fresh",
         "_head",
         "_held",
@@ -126,6 +128,8 @@ class Relay:
         self._intake: Intake | None = None  # until the first token
         self._demand: Demand = None  # type: ignore[assignment]  # made by `start`
         self._fallbacks: tuple[str, ...] = ()  # engines' models not tried yet
+        self._fallback = ""  # the one that is asked instead of the route's own
+        self._excluded: frozenset[str] = frozenset()  # replicas that failed it
         self._probe = False  # its end is what the replica's circuit breaker waits for
         self._died_at = 0  # the number of the first try that ended as an engine's death looks
         self._digest = b""  # of a request that was running when an engine seemed to die
@@ -167,7 +171,13 @@ class Relay:
         assert api is not None
         assert self.key is not None
         intake = self._intake = Intake(
-            raw, api, self.key, state.keys, self.headers, harmony_model=state.options.harmony
+            raw,
+            api,
+            self.key,
+            state.keys,
+            self.headers,
+            harmony_model=state.options.harmony,
+            choices=len(state.fleet.replicas) > 1,
         )
         self.route, self._fallbacks = intake.route, intake.fallbacks
         self.stream, self._hide_usage = intake.body.stream, intake.body.hide_usage
@@ -188,7 +198,7 @@ class Relay:
             body_bytes=len(encoded),
             output_tokens=state.estimates.expect(self.route, intake.key.tenant, intake.max_tokens),
             deadline=self._deadline,
-            choices=len(state.fleet.replicas) > 1,
+            excluded=self._excluded,
         )
 
     def cancel(self, outcome: str = "client_gone", code: str = "") -> None:
@@ -252,7 +262,8 @@ class Relay:
         """Whether another model may answer instead; never after the first byte, and never unsaid."""
         if not self._fallbacks or self._intake is None:
             return False
-        model, self._fallbacks = self._fallbacks[0], self._fallbacks[1:]
+        model = self._fallback = self._fallbacks[0]
+        self._fallbacks = self._fallbacks[1:]
         self._state.counters.fallbacks[self.route, model] += 1
         self._ask_for(model, now)
         return True
@@ -329,6 +340,11 @@ class Relay:
             self._enter(self._state.now())
         except ServeError as error:
             self._fail(error)
+
+    def _exclude(self, replica: str) -> None:
+        """Not there again, under whatever model's name."""
+        self._excluded |= {replica}
+        self._demand = msgspec.structs.replace(self._demand, excluded=self._excluded)
 
     def _send(self) -> None:
         pool = self._state.pool(self._replica)
@@ -559,6 +575,8 @@ class Relay:
         )
         if not self.keep_alive:
             line += b"connection: close\r\n"
+        if self._fallback:
+            line += b"x-vitalis-fallback: %b\r\n" % self._fallback.encode()
         if self.key is not None and "debug" in self.key.scopes:
             line += b"x-vitalis-replica: %b\r\nx-vitalis-reason: %b\r\n" % (
                 self._replica.encode(),
@@ -734,8 +752,7 @@ class Relay:
         self._leave()
         self._held, self._head = b"", 0
         if elsewhere:
-            excluded = self._demand.excluded | {self._replica}
-            self._demand = msgspec.structs.replace(self._demand, excluded=excluded)
+            self._exclude(self._replica)
         try:
             self._enter(now)
         except ServeError:
@@ -767,7 +784,7 @@ class Relay:
         state.keep_away(self._replica, verdict)
 
     def _fail(self, error: ServeError) -> None:
-        outcome = "engine_error" if self._tries else "refused"
+        outcome = "engine_error" if self._tries and error.status >= 500 else "refused"
         if self.phase != RELAYING:
             self.status = error.status
             self._drop_connection()
