@@ -43,7 +43,7 @@ PURE = ("fleet", "metrics", "errors", "supervise.lifecycle", "engines.command", 
         "gateway.headers", "gateway.events", "gateway.paths", "gateway.admission", "gateway.seats", "gateway.routing",
         "gateway.fairness", "gateway.pace", "gateway.prefix", "gateway.body", "gateway.route_policy",
         "gateway.guidance", "gateway.breaker", "gateway.retries", "gateway.killers", "gateway.estimates",
-        "gateway.harmony", "gateway.intake", "store.tables")  # fmt: skip
+        "gateway.harmony", "gateway.intake", "gateway.usage", "store.tables")  # fmt: skip
 IMPURE_LIBRARIES = {"asyncio", "socket", "time", "subprocess"}
 
 

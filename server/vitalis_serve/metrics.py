@@ -42,6 +42,11 @@ WORKER_METRICS: Final = (
     Metric("vitalis_estimates_total", "counter", "Answers whose length was expected and is known."),
     Metric("vitalis_prompt_tokens_total", "counter", "Prompt tokens, as engines counted.", ("route",)),
     Metric("vitalis_completion_tokens_total", "counter", "Completion tokens, as engines counted.", ("route",)),
+    Metric("vitalis_cached_tokens_total", "counter", "Prompt tokens found in a prefix cache.", ("route",)),
+    Metric("vitalis_reasoning_tokens_total", "counter", "Completion tokens that were reasoning.", ("route",)),
+    Metric(
+        "vitalis_estimated_tokens_total", "counter", "Tokens that no engine told, in no other count.", ("route", "kind")
+    ),
     Metric("vitalis_access_log_dropped_total", "counter", "Access records dropped because the log was too slow."),
     Metric("vitalis_event_loop_lag_seconds", "gauge", "How late the last timer of this worker fired."),
     Metric("vitalis_body_bytes", "gauge", "Bytes of request bodies held."),

@@ -20,7 +20,8 @@ MAX_BYTES: Final = 64 << 20  # of one file; two older ones are kept
 
 
 class Record(msgspec.Struct, omit_defaults=True):
-    """Times in milliseconds. `outcome`: ok, client_gone, refused, engine_error or cut."""
+    """Times in milliseconds. `outcome`: ok, client_gone, refused, engine_error or cut. Tokens as `usage.Usage` has
+    them; `estimated`: at least one of the two sums is not the engine's own."""
 
     time: float
     request_id: str
@@ -42,6 +43,9 @@ class Record(msgspec.Struct, omit_defaults=True):
     bytes_out: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    estimated: bool = False
 
 
 class AccessLog:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from vitalis_serve.gateway.usage import Usage
 from vitalis_serve.metrics import TIME_BUCKETS
 
 Sample = tuple[str, dict[str, str], float]
@@ -26,12 +27,16 @@ class Histogram:
 
 class RouteCounts:
     __slots__ = (
+        "cached_tokens",
         "completion_tokens",
         "ends",
+        "estimated_completion_tokens",
+        "estimated_prompt_tokens",
         "first_byte",
         "first_token",
         "prompt_tokens",
         "queue",
+        "reasoning_tokens",
         "request",
     )
 
@@ -39,10 +44,27 @@ class RouteCounts:
         self.ends: dict[tuple[str, str], int] = defaultdict(int)  # (outcome, code)
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.reasoning_tokens = 0
+        self.estimated_prompt_tokens = 0
+        self.estimated_completion_tokens = 0
         self.first_byte = Histogram()
         self.first_token = Histogram()
         self.request = Histogram()
         self.queue = Histogram()
+
+    def count(self, usage: Usage) -> None:
+        """A request's tokens; estimated ones apart, so that the others are what the engines counted."""
+        if usage.prompt_estimated:
+            self.estimated_prompt_tokens += usage.prompt_tokens
+        else:
+            self.prompt_tokens += usage.prompt_tokens
+            self.cached_tokens += usage.cached_tokens
+        if usage.completion_estimated:
+            self.estimated_completion_tokens += usage.completion_tokens
+        else:
+            self.completion_tokens += usage.completion_tokens
+            self.reasoning_tokens += usage.reasoning_tokens
 
 
 class Counters:
@@ -69,6 +91,13 @@ class Counters:
                 counters.append(["vitalis_requests_total", {**name, "outcome": outcome, "code": code}, n])
             counters.append(["vitalis_prompt_tokens_total", name, counts.prompt_tokens])
             counters.append(["vitalis_completion_tokens_total", name, counts.completion_tokens])
+            counters.append(["vitalis_cached_tokens_total", name, counts.cached_tokens])
+            counters.append(["vitalis_reasoning_tokens_total", name, counts.reasoning_tokens])
+            for kind, tokens in (
+                ("prompt", counts.estimated_prompt_tokens),
+                ("completion", counts.estimated_completion_tokens),
+            ):
+                counters.append(["vitalis_estimated_tokens_total", {**name, "kind": kind}, tokens])
             for metric, histogram in (
                 ("vitalis_first_byte_seconds", counts.first_byte),
                 ("vitalis_first_token_seconds", counts.first_token),

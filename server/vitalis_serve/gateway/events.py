@@ -1,20 +1,18 @@
-"""Server-sent events of the four streaming APIs: which one bears the first token, and where usage stands. Pure.
+"""Server-sent events of the four streaming APIs: which one bears the first token, and which must not pass unseen. Pure.
 
 vLLM answers 200 before prefill and announces itself early, so a stream is held back until an event that bears
 a token. Only those first events are parsed; afterwards bytes pass, and two searches per read
 find what must not be missed: usage, and an error inside a 200.
 """
 
-import contextlib
-import re
-from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 import msgspec
 
+from vitalis_serve.gateway.usage import USAGE
+
 Verdict = Literal["preamble", "token", "error", "end"]
 
-USAGE: Final = b'"usage":{'
 ERRORS: Final[dict[str, bytes]] = {
     "chat": b'data: {"error":',
     "completions": b'data: {"error":',
@@ -114,58 +112,6 @@ def find_error(payload: bytes, dialect: str) -> int:
     one: JSON escapes the line break before it."""
     mark = ERRORS[dialect]
     return 0 if payload.startswith(mark) else payload.find(b"\n" + mark)
-
-
-class Usage(msgspec.Struct):
-    """Tokens as the engine counted them; the names of the three APIs that report them."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-
-    @property
-    def prompt(self) -> int:
-        return self.prompt_tokens or self.input_tokens or 0
-
-    @property
-    def completion(self) -> int:
-        return self.completion_tokens or self.output_tokens or 0
-
-
-_usage_decode = msgspec.json.Decoder(Usage).decode
-
-
-# vLLM's own order of fields, on plain and streamed chat and completions: one match instead of a parse.
-_COMMON_USAGE: Final = re.compile(rb'"usage":\{"prompt_tokens":(\d+),"total_tokens":\d+,"completion_tokens":(\d+)')
-
-
-def last_usage(payload: bytes) -> tuple[int, int] | None:
-    """(prompt, completion) tokens of the last usage object if it is in vLLM's usual form, else None."""
-    at = payload.rfind(USAGE)
-    if at < 0 or (found := _COMMON_USAGE.match(payload, at)) is None:
-        return None
-    return int(found[1]), int(found[2])
-
-
-def usages(payload: bytes) -> Iterator[Usage]:
-    """The usage objects in `payload`, in order; one that is not whole is left out."""
-    at = payload.find(USAGE)
-    while at >= 0:
-        start = at + len(USAGE) - 1
-        # A usage object holds numbers and small objects of numbers alone, so its braces can be counted.
-        end, depth = start, 0
-        while True:
-            close = payload.find(b"}", end)
-            if close < 0:
-                return
-            depth += payload.count(b"{", end, close) - 1
-            end = close + 1
-            if depth == 0:
-                break
-        with contextlib.suppress(msgspec.DecodeError):
-            yield _usage_decode(payload[start:end])
-        at = payload.find(USAGE, end)
 
 
 def without_usage_event(payload: bytes) -> bytes:

@@ -29,8 +29,8 @@ class Intake:
     """One request, read. `model`: the engine's name that it goes to first. `question`: of /emergency-guidance."""
 
     __slots__ = (
-        "_affinity", "_salt", "_session", "body", "class_", "fallbacks", "key", "max_tokens", "model", "question",
-        "route",
+        "_affinity", "_salt", "_session", "answers", "body", "class_", "fallbacks", "key", "max_tokens", "model",
+        "question", "route",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +70,7 @@ class Intake:
             raise ServeError("unsupported_field", words)
         self._salt = keys.salt(key.tenant)
         self.max_tokens = _longest(body.fields, dialect)
+        self.answers = _answers(body.fields) if "n" in body.fields else 1
 
     def encode(self, model: str) -> bytes:
         """The body as an engine is to get it, under its own name for the model."""
@@ -100,6 +101,14 @@ class Intake:
             excluded=excluded,
             streamed=self.body.stream,
         )
+
+
+def _answers(fields: Mapping[str, msgspec.Raw]) -> int:
+    """How many answers are wanted at once; 1 where the field says nonsense, which the engine will refuse."""
+    try:
+        return max(1, _as_int(fields["n"]))
+    except msgspec.DecodeError:
+        return 1
 
 
 def _longest(fields: Mapping[str, msgspec.Raw], dialect: str) -> int | None:

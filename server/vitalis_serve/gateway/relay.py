@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vitalis_serve.errors import ServeError
-from vitalis_serve.gateway import events, guidance, harmony, headers, replies
+from vitalis_serve.gateway import events, guidance, harmony, headers, replies, usage
 from vitalis_serve.gateway.access import Record
 from vitalis_serve.gateway.breaker import SICK
 from vitalis_serve.gateway.intake import Intake
 from vitalis_serve.gateway.paths import Api
 from vitalis_serve.gateway.retries import LOOKS_DEAD, may_retry
 from vitalis_serve.gateway.seats import CLASSES, Demand, cost
+from vitalis_serve.gateway.usage import Usage
 
 if TYPE_CHECKING:
     from vitalis_serve.gateway.keys import Key
@@ -43,10 +44,10 @@ class Relay:
     __slots__ = (
         "_attempt",
         "_chunked",
-        "_completion_tokens",
         "_connection",
         "_deadline",
         "_demand",
+        "_answers",
         "_died_at",
         "_digest",
         "_fallback",
@@ -57,6 +58,7 @@ class Relay:
         "_probe",
         "_encoded",
         "_excluded",
+        "_events",
         "_fresh",
         "_head",
         "_held",
@@ -64,13 +66,16 @@ class Relay:
         "_idle_since",
         "_incarnation",
         "_last",
-        "_prompt_tokens",
         "_reason",
         "_replica",
         "_seat",
+        "_sent_at",
         "_stale_at",
         "_state",
         "_tail",
+        "_thought",
+        "_told",
+        "_told_all",
         "_tries",
         "api",
         "body_bytes",
@@ -149,8 +154,12 @@ class Relay:
         self._tail = b""  # the event still unfinished
         self._last = b""  # the last whole events, for how the stream ended
         self._chunked = False
-        self._prompt_tokens = 0
-        self._completion_tokens = 0
+        self._sent_at = 0.0  # when an engine got it; 0 while none has work of it
+        self._answers = 1
+        self._events = 0  # of a stream, from the first that bore a token
+        self._thought = False  # that one bore reasoning
+        self._told: Usage | None = None  # by the engine, perhaps of an answer still under way
+        self._told_all = False
         self._fresh = True
         self._idle_since = 0.0
         self._deadline = 0.0
@@ -181,6 +190,7 @@ class Relay:
         )
         self.route, self._fallbacks = intake.route, intake.fallbacks
         self.stream, self._hide_usage = intake.body.stream, intake.body.hide_usage
+        self._answers = intake.answers
         state.retry_budget.came(now)
         self._ask_for(intake.model, now)
         self._enter(now)
@@ -364,7 +374,7 @@ class Relay:
         api = self.api
         assert api is not None
         self.phase = WAITING
-        self._idle_since = self._state.now()
+        self._idle_since = self._sent_at = self._state.now()
         self._connection = connection
         encoded = self._encoded
         connection.assign(
@@ -405,10 +415,13 @@ class Relay:
         if self.phase == RELAYING:
             self._fresh = True
             if raw is not None and self.passing and not self._tail and not events.notable(raw):
+                self._events += payload.count(b"\n\n")
                 self._pass(raw)
             elif self.stream:
                 self._relay_events(payload)
             else:
+                self._take_usage(self._tail + payload)
+                self._tail = payload[-usage.LONGEST :]
                 self._write_body(payload)
             return
         connection = self._connection
@@ -421,6 +434,7 @@ class Relay:
         if len(self._held) > MAX_HELD_BYTES and connection.status == 200:
             self._relay_head(connection.content_type, connection.content_length)
             held, self._held = self._held, b""
+            self._tail = held[-usage.LONGEST :]
             self._write_body(held)
 
     def on_engine_chunk(self, raw: bytes, start: int) -> None:
@@ -429,6 +443,7 @@ class Relay:
         if self._tail or events.notable(raw):
             self._relay_events(raw[start:-2])
         else:
+            self._events += 1  # vLLM sends each event as a chunk; what joins them is learned as tokens per event
             self._pass(raw)
 
     def _pass(self, raw: bytes) -> None:
@@ -457,6 +472,7 @@ class Relay:
         elif kind := harmony.failure(status, body):
             self._harmony_failed(kind)
         elif status == 503:
+            self._sent_at = 0.0
             self._try_failed("status_503", "queue_full", "Every engine that holds this model is busy.")
         else:
             self._try_failed(f"status_{status}", "engine_protocol", f"The engine answered {status}: {_sentence(body)}")
@@ -501,6 +517,8 @@ class Relay:
                     self._drop_connection()
                     self._harmony_failed("tool_name")
                 else:
+                    self._events = -held.count(b"\n\n", 0, start)  # what came before is counted with the rest
+                    self._thought = usage.thinks(held[start:end], dialect)
                     self._begin_stream()
                 return
             if verdict == "error":
@@ -596,8 +614,10 @@ class Relay:
         self._write_events(payload[:cut] if cut < len(payload) else payload)
 
     def _write_events(self, whole: bytes) -> None:
-        if events.USAGE in whole:
-            self._take_usage(whole)
+        self._events += whole.count(b"\n\n")
+        if usage.USAGE in whole:
+            self._told = usage.of_events(whole, self.dialect, self._told)
+            self._told_all = self._told_all or usage.is_final(whole, self.dialect)
             if self._hide_usage:
                 whole = events.without_usage_event(whole)
                 if not whole:
@@ -616,15 +636,9 @@ class Relay:
         self._last = whole
         self._write_body(whole)
 
-    def _take_usage(self, payload: bytes) -> None:
-        """Messages tells its prompt at the start and its completion at the end; the others all at the end."""
-        common = events.last_usage(payload)
-        if common is not None:
-            self._prompt_tokens, self._completion_tokens = common
-            return
-        for usage in events.usages(payload):
-            self._prompt_tokens = usage.prompt or self._prompt_tokens
-            self._completion_tokens = usage.completion or self._completion_tokens
+    def _take_usage(self, body: bytes) -> None:
+        """Of a plain answer, or the next part of one."""
+        self._told = usage.of_answer(body) or self._told
 
     def _relay_engine_error(self, whole: bytes, at: int) -> None:
         """The engine's own error event ends the stream; the `[DONE]` that vLLM sends after it would be a lie."""
@@ -710,13 +724,14 @@ class Relay:
         return msgspec.json.encode(guidance.answer(self._intake.question, body, seconds))
 
     def _end_large(self, payload: bytes) -> None:
-        self._take_usage(payload)
+        self._take_usage(self._tail + payload)
         self._write_body(payload)
         self._end_framing()
         self._release("ok", "")
 
     def _pass_on(self, status: int, body: bytes, content_type: bytes) -> None:
         """The engine's own refusal, in the dialect of the API."""
+        self._sent_at = 0.0  # it did nothing for it
         body = replies.engine_envelope(body, status, self.dialect, self.request_id.decode("latin-1"))
         self._answer(status, body, content_type)
         self._release("refused", f"engine_{status}")
@@ -843,19 +858,18 @@ class Relay:
         counts = state.counters.routes[self.route]
         counts.ends[outcome, code] += 1
         began = self.received_at
-        counts.prompt_tokens += self._prompt_tokens
-        counts.completion_tokens += self._completion_tokens
+        used = self._used(outcome)
+        counts.count(used)
         total = state.now() - began if began else 0.0
         first = self.first_at - began if self.first_at else 0.0
-        if self._completion_tokens:
+        if used.completion_tokens:
             asked = self._demand
             charged = cost(asked.prompt_tokens, asked.output_tokens)
-            used = cost(self._prompt_tokens, self._completion_tokens)
-            state.admission.settle(asked.tenant, asked.class_, charged, used, asked.weight)
+            spent = cost(used.prompt_tokens, used.completion_tokens)
+            state.admission.settle(asked.tenant, asked.class_, charged, spent, asked.weight)
         if outcome == "ok":
-            if self._completion_tokens:
-                tokens = self._completion_tokens
-                state.estimates.learn(self.route, asked.tenant, asked.output_tokens, tokens)
+            if used.completion_tokens and not used.completion_estimated:
+                state.estimates.learn(self.route, asked.tenant, asked.output_tokens, used.completion_tokens)
             if self._digest:
                 state.killers.cleared(self._digest)
             counts.request.observe(total)
@@ -885,10 +899,46 @@ class Relay:
                     int(total * 1e6) / 1e3,
                     self.body_bytes,
                     self.bytes_out,
-                    self._prompt_tokens,
-                    self._completion_tokens,
+                    used.prompt_tokens,
+                    used.completion_tokens,
+                    used.cached_tokens,
+                    used.reasoning_tokens,
+                    used.estimated,
                 )
             )
+
+    def _used(self, outcome: str) -> Usage:
+        """As the engine counted; where it could not say, as is estimated. What finishes teaches what does not."""
+        told, dialect = self._told, self.dialect
+        rates = self._state.rates[self.route]
+        tokens = 0
+        if self.stream and self._state.options.harmony:
+            tokens = usage.hidden(self._last, dialect, thought=self._thought, choices=self._answers)
+        if told is not None and (self._told_all if self.stream else outcome == "ok"):
+            if outcome == "ok" and self._sent_at:
+                rates.learn(told, self._demand.body_bytes, self._state.now() - self._sent_at)
+                if self.stream:
+                    rates.learn_stream(dialect, self._events, tokens, told.completion_tokens)
+            return told
+        if not self._sent_at or self.api is None or not self.api.streams:
+            return Usage()
+        return self._estimated(rates, tokens)
+
+    def _estimated(self, rates: usage.Rates, hidden: int) -> Usage:
+        now, told, asked = self._state.now(), self._told, self._demand
+        if told is None or self.dialect == "responses":  # which repeats the request, and whatever looks like usage
+            told = Usage(rates.prompt(asked.body_bytes), prompt_estimated=True)
+        told.completion_estimated = True
+        if not self.stream:
+            told.completion_tokens = rates.after(now - self._sent_at, asked.output_tokens)
+        elif self._events > 0 and not (told.completion_tokens and self._answers == 1):
+            tokens = rates.generated(self._events, hidden)
+            if self.client.paused_at:  # the engine went on while the client did not read
+                read = max(1e-3, self.client.paused_at - self.first_at)
+                ahead = round(tokens * (now - self.client.paused_at) / read)
+                tokens = max(tokens, min(tokens + ahead, asked.output_tokens))
+            told.completion_tokens = tokens
+        return told
 
 
 def _status_of(data: bytes) -> int:

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,7 @@ from vitalis_serve.gateway.pool import EnginePool
 from vitalis_serve.gateway.retries import RetryBudget
 from vitalis_serve.gateway.routing import policy
 from vitalis_serve.gateway.seats import CLASSES, Demand, Seat
+from vitalis_serve.gateway.usage import Rates
 
 if TYPE_CHECKING:
     from vitalis_serve.gateway.relay import Relay
@@ -52,6 +54,7 @@ class WorkerState:
         self.killers = Killers()
         self.retry_budget = RetryBudget(at_least=options.retries_at_least)
         self.estimates = Estimates()
+        self.rates: defaultdict[str, Rates] = defaultdict(Rates)  # by route
         self.keys: KeyTable = KeyTable.decode(b'{"version":0}')
         self.fleet = Fleet()
         self.unready = False  # stopping soon: whoever asks /readyz may go elsewhere, requests are still taken

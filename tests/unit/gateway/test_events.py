@@ -1,4 +1,4 @@
-"""Events as vLLM 0.32 writes them: which bears the first token, where usage stands, what is hidden."""
+"""Events as vLLM 0.32 writes them: which bears the first token, what is hidden."""
 
 import json
 from typing import Any
@@ -8,13 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vitalis_serve.gateway.events import (
     ENDINGS,
-    Usage,
     data_of,
     find_error,
     given_up,
     judge,
-    last_usage,
-    usages,
     without_usage_event,
 )
 
@@ -164,45 +161,6 @@ def test_data_of_an_event() -> None:
     assert data_of(b"data:a\ndata: b") == b"a\nb"
     assert data_of(b"event: x\ndata: a\nid: 1") == b"a"
     assert data_of(b": comment") == b""
-
-
-SAMPLES = [
-    (USAGE + b"\n\ndata: [DONE]\n\n", [(71, 25)]),
-    (b'{"usage":{"prompt_tokens":3,"total_tokens":7,"completion_tokens":4}}', [(3, 4)]),
-    (b'{"usage":{"prompt_tokens":3,"completion_tokens":4}}', [(3, 4)]),
-    (b'{"type":"message_delta","usage":{"input_tokens":3,"output_tokens":4,"cache_read_input_tokens":0}}', [(3, 4)]),
-    (b'{"usage":{"input_tokens":3,"input_tokens_details":{"x":[]},"output_tokens":4,"a":{"b":1}},"c":1}', [(3, 4)]),
-    (b'{"usage":{"input_tokens":9,"output_tokens":0}} {"usage":{"output_tokens":4}}', [(9, 0), (0, 4)]),
-    (b'{"choices":[{"text":"\\"usage\\":{\\"prompt_tokens\\":9"}],"usage":{"prompt_tokens":3,"completion_tokens":4}}',
-     [(3, 4)]),
-    (b"", []),
-    (b'{"usage":null}', []),
-    (b'{"usage":{', []),
-    (b'{"usage":{"prompt_tokens":3', []),
-    (b'{"usage":{"prompt_tokens":"x"}}', []),
-    (b'{"usage":{"a":{}', []),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("payload", "expected"), SAMPLES)
-def test_usage_is_found(payload: bytes, expected: list[tuple[int, int]]) -> None:
-    assert [(usage.prompt, usage.completion) for usage in usages(payload)] == expected
-    assert last_usage(payload) in (None, *expected[-1:])
-
-
-def test_the_quick_way_knows_the_usual_form() -> None:
-    assert last_usage(USAGE) == (71, 25)
-    assert last_usage(b'{"usage":{"prompt_tokens":1,"total_tokens":2,"completion_tokens":1}}' + USAGE) == (71, 25)
-
-
-@given(payload=st.lists(st.sampled_from([b'"usage":{', b"}", b"{", b'"prompt_tokens":1', b",", b'"'])).map(b"".join))
-def test_usage_in_anything(payload: bytes) -> None:
-    list(usages(payload))
-    last_usage(payload)
-
-
-def test_usage_counts_nothing_where_nothing_is_said() -> None:
-    assert (Usage().prompt, Usage().completion) == (0, 0)
 
 
 @given(st.lists(st.sampled_from([event for event, _ in CHAT]), max_size=8))

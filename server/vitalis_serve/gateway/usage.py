@@ -1,0 +1,242 @@
+"""What a request used: as its engine counted, or estimated where the engine never came to say. Pure.
+
+    ended                          prompt            completion
+    finished                       the engine's      the engine's
+    abandoned stream of events     estimated; the    events that bear tokens, plus the tokens that make no event:
+                                   engine's where    within 8 tokens or 2 %, see `Rates.generated`
+                                   it was told
+    abandoned, not streamed        estimated         by the time it ran
+    refused by the engine          0                 0
+
+An abandoned one's prompt is its body's bytes over the bytes per token that the route's finished requests had.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Final
+
+import msgspec
+
+USAGE: Final = b'"usage":{'
+LONGEST: Final = 2048  # bytes of a usage object: it holds a dozen numbers
+_Count = Annotated[int, msgspec.Meta(ge=0)] | None
+
+
+class Usage(msgspec.Struct):
+    """Tokens of one request. Cached ones are among the prompt's, reasoning ones among the completion's."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    prompt_estimated: bool = False
+    completion_estimated: bool = False
+
+    @property
+    def estimated(self) -> bool:
+        return self.prompt_estimated or self.completion_estimated
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: _Count = None
+    reasoning_tokens: _Count = None
+
+
+class _Said(msgspec.Struct):
+    """A usage object under the names of the APIs that have one."""
+
+    prompt_tokens: _Count = None
+    completion_tokens: _Count = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens: _Count = None
+    output_tokens: _Count = None
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+    cache_read_input_tokens: _Count = None
+    cache_creation_input_tokens: _Count = None
+
+
+_decode = msgspec.json.Decoder(_Said).decode
+# vLLM's own order of fields, on plain and streamed chat and completions: one match instead of a parse.
+_COMMON: Final = re.compile(
+    rb'"usage":\{"prompt_tokens":(\d+),"total_tokens":\d+,"completion_tokens":(\d+)'
+    rb'(?:,"prompt_tokens_details":(?:null|\{"cached_tokens":(\d+)\}))?'
+    rb'(?:,"completion_tokens_details":(?:null|\{"reasoning_tokens":(\d+)\}))?\}'
+)
+
+
+def of_answer(body: bytes) -> Usage | None:
+    """The usage of a whole answer: its last one, because tools and their arguments may hold objects of that name and
+    stand before it. None where it does not say."""
+    return _at(body, body.rfind(USAGE), None)
+
+
+def of_events(events: bytes, dialect: str, before: Usage | None) -> Usage | None:
+    """The usage that whole events tell, on top of what was told `before`: Messages tells its prompt at the start and
+    its completion at the end, the others all at once."""
+    if dialect != "messages":
+        return _at(events, events.rfind(USAGE), None) or before
+    for at in _places(events):
+        before = _at(events, at, before) or before
+    return before
+
+
+def is_final(events: bytes, dialect: str) -> bool:
+    """Whether the usage in these events is that of the whole answer, not of one still under way."""
+    if dialect == "messages":
+        return b'"type":"message_delta"' in events
+    if dialect == "responses":
+        return b'"type":"response.completed"' in events or b'"type":"response.incomplete"' in events
+    return b'"choices":[]' in events
+
+
+def _places(payload: bytes) -> Iterator[int]:
+    at = payload.find(USAGE)
+    while at >= 0:
+        yield at
+        at = payload.find(USAGE, at + len(USAGE))
+
+
+def _at(payload: bytes, at: int, before: Usage | None) -> Usage | None:
+    """The usage object that begins at `at`, None where there is none that is whole and says anything."""
+    if at < 0:
+        return None
+    if found := _COMMON.match(payload, at):
+        prompt, completion, cached, reasoning = found.groups(b"0")
+        return Usage(int(prompt), int(cached), int(completion), int(reasoning))
+    begin = at + len(USAGE) - 1
+    text = payload[begin : begin + LONGEST]
+    # It holds numbers and small objects of numbers alone, so its braces can be counted.
+    end, depth = 0, 0
+    while True:
+        close = text.find(b"}", end)
+        if close < 0:
+            return None
+        depth += text.count(b"{", end, close) - 1
+        end = close + 1
+        if depth == 0:
+            break
+    try:
+        said = _decode(text[:end])
+    except msgspec.DecodeError:  # also where a count is no number
+        return None
+    return _read(said, before)
+
+
+def _read(said: _Said, before: Usage | None) -> Usage | None:
+    prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
+    completion = said.completion_tokens if said.completion_tokens is not None else said.output_tokens
+    if prompt is None and completion is None:
+        return None
+    read, created = said.cache_read_input_tokens or 0, said.cache_creation_input_tokens or 0
+    given, made = said.prompt_tokens_details or said.input_tokens_details, said.completion_tokens_details
+    made = made or said.output_tokens_details
+    usage = Usage(
+        (prompt or 0) + read + created,  # Messages counts the cached ones apart; nobody else has these two
+        (given.cached_tokens or 0) if given is not None else read,
+        completion or 0,
+        (made.reasoning_tokens or 0) if made is not None else 0,
+    )
+    if prompt is None and before is not None:
+        usage.prompt_tokens, usage.cached_tokens = before.prompt_tokens, before.cached_tokens
+    return usage
+
+
+# -- where the engine did not say
+
+# Harmony's tokens that make no event. <|channel|>analysis<|message|> opens an answer. Between reasoning and content
+# stand <|end|><|start|>assistant<|channel|>final<|message|>, less the events by which an API says that it goes on to
+# something else. A call's header is longer by its recipient (` to=functions.get <|constrain|>json`): three to nine.
+_OPENING: Final = 3
+_TURNING: Final = {"chat": 6, "responses": 1, "messages": 3}
+_CALLING: Final = 3
+_THOUGHTS: Final = {
+    "chat": (b'"reasoning":"', b'"reasoning_content":"'),
+    "responses": (b'"type":"response.reasoning',),
+    "messages": (b'"type":"thinking_delta"',),
+}
+_WORDS: Final = {
+    "chat": (b'"content":"', b'"tool_calls":['),
+    "responses": (b'"type":"response.output_text', b'"type":"response.function_call'),
+    "messages": (b'"type":"text_delta"', b'"type":"input_json_delta"'),
+}
+_CALLS: Final = (b'"tool_calls":[', b'"type":"response.function_call', b'"type":"input_json_delta"')
+# The events after the last token: a finish reason or what stands for it, usage, the end; less <|return|>.
+_CLOSING: Final = {"chat": 2, "completions": 2, "responses": 3, "messages": 2}
+
+_KEPT: Final = 0.98  # what is learned from one request fades to a third over fifty
+_LEARNT_FROM: Final = 16  # events: of a shorter stream the hidden tokens are too large a part
+
+
+def thinks(event: bytes, dialect: str) -> bool:
+    """Whether an event bears reasoning."""
+    return any(mark in event for mark in _THOUGHTS.get(dialect, ()))
+
+
+def hidden(last: bytes, dialect: str, *, thought: bool, choices: int) -> int:
+    """Harmony's tokens that made no event of a stream whose last events are these. `thought`: it began with
+    reasoning."""
+    if dialect not in _TURNING:
+        return 0
+    tokens = _OPENING
+    turned = any(mark in last for mark in _WORDS[dialect]) or not thinks(last, dialect)
+    if b'"logprobs":{' in last:
+        turned = False  # where logprobs are told, these tokens have events
+    if thought and turned:
+        tokens += _TURNING[dialect]
+    if turned and any(mark in last for mark in _CALLS):
+        tokens += _CALLING
+    return tokens * choices
+
+
+class Rates:
+    """What the finished requests of one route teach about those that are abandoned: sums that fade."""
+
+    __slots__ = ("_bytes", "_bytes_tokens", "_events", "_events_tokens", "_seconds", "_seconds_tokens")
+
+    def __init__(self) -> None:
+        # What is believed at first: 4 bytes a token, a token an event, 50 tokens a second.
+        self._bytes, self._bytes_tokens = 400.0, 100.0
+        self._events, self._events_tokens = 100.0, 100.0
+        self._seconds, self._seconds_tokens = 1.0, 50.0
+
+    def learn(self, usage: Usage, body_bytes: int, seconds: float) -> None:
+        """A request finished, `seconds` after an engine got it."""
+        self._bytes = _KEPT * self._bytes + body_bytes
+        self._bytes_tokens = _KEPT * self._bytes_tokens + usage.prompt_tokens
+        self._seconds = _KEPT * self._seconds + seconds
+        self._seconds_tokens = _KEPT * self._seconds_tokens + usage.completion_tokens
+
+    def learn_stream(self, dialect: str, events: int, hidden_tokens: int, tokens: int) -> None:
+        """A stream finished. `events`: from the first that bore a token to the end."""
+        events -= _CLOSING.get(dialect, 0)
+        if events < _LEARNT_FROM:
+            return
+        borne = tokens - hidden_tokens
+        if within(borne, events):
+            borne = events  # a token an event, and something about the hidden ones was different
+        self._events = _KEPT * self._events + events
+        self._events_tokens = _KEPT * self._events_tokens + borne
+
+    def prompt(self, body_bytes: int) -> int:
+        """Tokens of a prompt, by the bytes of the body it is in; at least one."""
+        return max(1, round(body_bytes * self._bytes_tokens / max(1.0, self._bytes)))
+
+    def generated(self, events: int, hidden_tokens: int) -> int:
+        """Tokens behind so many events that bear some. One each, unless the engine sends only every n-th time
+        (`--stream-interval`) or joins what waited: then as many as in the route's finished streams."""
+        ratio = self._events_tokens / self._events
+        tokens = events if 0.98 < ratio < 1.02 else round(events * ratio)
+        return tokens + hidden_tokens
+
+    def after(self, seconds: float, expected: int) -> int:
+        """Tokens of an answer that nobody saw, by the time it was made for; at least one, at most what was
+        expected."""
+        pace = self._seconds_tokens / max(1e-3, self._seconds)
+        return max(1, min(round(seconds * pace), expected))
+
+
+def within(counted: int, tokens: int) -> bool:
+    """Whether a count is as near to the truth as is promised: 8 tokens, or 2 %."""
+    return abs(counted - tokens) <= max(8, tokens * 0.02)
