@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulator.answers import natural_tokens
 from vitalis_serve.fleet import Replica, ReplicaState
 
 from tests.support import client, gateway, simulator
@@ -541,3 +542,150 @@ def test_a_flood_of_one_tenant_does_not_starve_another(tmp_path: Path) -> None:
     between = [later - sooner - 1 for sooner, later in itertools.pairwise(ours)]
     assert len(ours) == 20
     assert sum(between) / len(between) <= 4, between
+
+
+# -- the interface of Vitalis' first callers
+
+
+def guide(tenant: str = "alice", *, headers: dict[str, str] | None = None, **fields: Any) -> bytes:
+    return client.post(GUIDE, {"prompt": "A scald, what now?"} | fields, auth(tenant) | (headers or {}))
+
+
+def guidance_error(answer: Response) -> str:
+    """The sentence of an error in their format."""
+    found = answer.json
+    assert set(found) == {"error", "response"}
+    assert found["response"] is None
+    assert answer.head.headers["x-request-id"]
+    assert "\n" not in found["error"].strip()
+    return str(found["error"])
+
+
+def test_guidance_is_answered_as_its_callers_read_it(worker: WorkerProcess, quick: Simulator) -> None:
+    worker.fleet(say("engine-0", quick.address, MODEL))
+    name = f"guide-{next(_ids)}"
+    answer = gateway.ask(worker, guide(max_tokens=20, stream=True, headers={"x-request-id": name}))
+    assert answer.status == 200, answer.body
+    assert answer.head.headers["content-type"] == "application/json"
+    assert answer.head.headers["x-vitalis-route"] == "vitalis-emergency"
+    found = answer.json
+    assert set(found) == {"prompt", "response", "metadata"}
+    assert found["prompt"] == "A scald, what now?"
+    assert found["response"].startswith("tok0 tok1")
+    facts = found["metadata"]
+    assert set(facts) == {"generation_time", "prompt_length", "response_length", "model_path"}
+    assert (facts["prompt_length"], facts["response_length"]) == (len(found["prompt"]), len(found["response"]))
+    assert facts["model_path"] == MODEL
+    assert 0 <= facts["generation_time"] < 5
+    record = gateway.record_of(worker, name)
+    assert (record["outcome"], record["route"], record["path"]) == ("ok", "vitalis-emergency", GUIDE)
+    assert record["completion_tokens"] == 20
+    gateway.wait_until(lambda: any(r["x-request-id"] == name for r in quick.log()))
+    reached = next(r for r in quick.log() if r["x-request-id"] == name)
+    assert (reached["path"], reached["x-vllm-priority"]) == (PATHS["chat"], "0")
+    only = gateway.ask(worker, guide("narrow"))
+    assert (only.status, only.head.headers["x-vitalis-route"]) == (200, MODEL)
+    worker.fleet(say("engine-0", quick.address, SMALL))
+    other = gateway.ask(worker, guide())
+    assert (other.json["metadata"]["model_path"], fallback_of(other)) == (SMALL, SMALL)
+
+
+@pytest.mark.parametrize(("data", "status", "words"), [
+    (client.post(GUIDE, {}, auth()), 400, "`prompt`"),
+    (guide(prompt="  "), 400, "`prompt`"),
+    (guide(prompt=["x"]), 400, "`prompt`"),
+    (guide(max_tokens=5), 400, "10 to 1000"),
+    (guide(max_tokens=5000), 400, "10 to 1000"),
+    (guide(max_tokens="many"), 400, "10 to 1000"),
+    (client.post(GUIDE, b"what now?", auth()), 400, "JSON"),
+    (client.post(GUIDE, b"[1]", auth()), 400, "JSON object"),
+    (client.post(GUIDE, b'{"prompt":"a","prompt":"b"}', auth()), 400, "twice"),
+    (client.post(GUIDE, {"prompt": "x"}), 401, "key"),
+    (guide("mallory"), 401, "key"),
+    (guide("two"), 404, "vitalis-emergency"),
+    (client.request("GET", GUIDE, b"", auth()), 405, "POST"),
+    (client.post(GUIDE, {"prompt": "x"}, auth() | {"content-encoding": "gzip"}), 415, "compressed"),
+    (client.request("POST", GUIDE, b"", auth() | {"content-length": "99999999"}), 413, "larger"),
+    (guide(prompt="x" * 600_000), 400, "maximum context length"),
+])  # fmt: skip
+def test_guidance_refuses_in_one_sentence(
+    worker: WorkerProcess, quick: Simulator, data: bytes, status: int, words: str
+) -> None:
+    worker.serve(quick.address)
+    answer = gateway.ask(worker, data)
+    assert answer.status == status
+    assert words in guidance_error(answer)
+
+
+def test_guidance_says_when_reasoning_took_all_tokens(worker: WorkerProcess) -> None:
+    thought = CHAT | {
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": None, "reasoning": "Hm"},
+                "finish_reason": "length",
+            }
+        ]
+    }
+    with gateway.scripted_engine() as engine:
+        engine.scripts = [[gateway.http_answer(thought)]]
+        worker.serve(engine.address)
+        name = f"guide-{next(_ids)}"
+        answer = gateway.ask(worker, guide(max_tokens=10, headers={"x-request-id": name}))
+        assert answer.status == 400
+        assert "all 10 tokens" in guidance_error(answer)
+        record = gateway.record_of(worker, name)
+        assert (record["outcome"], record["code"]) == ("refused", "invalid_request")
+        gateway.settled(worker)
+
+
+@pytest.mark.parametrize("trouble", [{"kind": "status", "status": 500}, {"kind": "reset"}, {"kind": "cut"}])
+def test_guidance_outlives_an_engines_failure_where_there_is_another(
+    worker: WorkerProcess, quick: Simulator, trouble: dict[str, Any]
+) -> None:
+    # a reset of a kept-alive connection is forgiven once
+    rule = trouble | {"requests": 2 if trouble["kind"] == "reset" else 1}
+    worker.serve(quick.address, quick.address)
+    quick.misbehave(**rule)
+    answer = gateway.ask(worker, guide(max_tokens=20))
+    assert answer.status == 200
+    assert answer.json["response"].startswith("tok0")
+    worker.serve(quick.address)
+    quick.reset()
+    quick.misbehave(**rule)
+    answer = gateway.ask(worker, guide(max_tokens=20, prompt=f"again {trouble}"))
+    assert answer.status == 502
+    assert "engine" in guidance_error(answer).lower()
+
+
+def test_guidance_without_any_engine_says_when_to_come_back(worker: WorkerProcess) -> None:
+    worker.serve()
+    answer = gateway.ask(worker, guide())
+    assert answer.status == 503
+    assert 1 <= int(answer.head.headers["retry-after"]) <= 60
+    guidance_error(answer)
+
+
+def test_a_caller_of_guidance_who_leaves_frees_the_engine(worker: WorkerProcess, slow: Simulator) -> None:
+    worker.serve(slow.address)
+    text = next(
+        text
+        for text in (f"What now, {number}?" for number in itertools.count())
+        if natural_tokens(json.dumps([{"role": "user", "content": text}], separators=(",", ":")).encode()) > 900
+    )
+    aborts = slow.state()["aborts"]
+    with client.connect(worker.url) as wire:
+        wire.send(guide(prompt=text, max_tokens=1000))
+        slow.wait_for(lambda state: state["running"] == 1)
+    slow.wait_for(lambda state: state["running"] == 0 and state["aborts"] == aborts + 1, seconds=1)
+
+
+def test_health_keeps_its_interface(worker: WorkerProcess, quick: Simulator) -> None:
+    worker.serve(quick.address)
+    answer = gateway.ask(worker, client.get("/health", auth()))
+    assert answer.status == 200
+    assert (answer.json["status"], answer.json["model_loaded"]) == ("healthy", True)
+    worker.serve()
+    answer = gateway.ask(worker, client.get("/health", auth()))
+    assert (answer.status, answer.json["model_loaded"]) == (500, False)
+    assert gateway.ask(worker, client.get("/health")).status == 401
