@@ -48,6 +48,10 @@ _NAME: Final = re.compile(rb'"name": ?"(?:[^"\\]|\\.)*?' + _MARKS)
 _TEXT: Final = re.compile(rb'"(?:content|reasoning|reasoning_content|text|thinking|delta)": ?"' + _MARKS)
 _MARK: Final = re.compile(_MARKS)
 
+# Streams in which vLLM does not say what the parser raised, and what they look like instead: Responses breaks its
+# chunked body without an event, Messages says a validation dump in which two letters of the message are left.
+UNSAID: Final = frozenset({("responses", "cut"), ("messages", "in_stream_error")})
+
 _OFF: Final = frozenset({b"false", b"null", b"0", b"0.0", b"off", b"f", b"n", b"no"})  # as pydantic reads a boolean
 _decode = msgspec.json.Decoder().decode
 
@@ -56,8 +60,7 @@ def failure(status: int, body: bytes) -> str:
     """The kind of Harmony's failure that a plain answer, or an error event's data (status 200), tells of; "" for any
     other.
 
-    Two cannot be seen: Responses breaks its chunked body without an event, and Messages' stream says a
-    validation dump in which two letters of the message are left. Both are retried as what they look like.
+    Two cannot be seen (UNSAID): they are retried as what they look like, but say nothing of the replica.
     """
     if status not in _FAILED:
         return ""

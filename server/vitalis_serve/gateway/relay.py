@@ -746,13 +746,16 @@ class Relay:
         """A try ended without an answer; `kind` as `vitalis_upstream_failures_total` names it."""
         state, now = self._state, self._state.now()
         self._count_failure(kind)
-        if kind in SICK:
+        # Harmony's parser fails so on these two, and the replica is well; if it is dead the next try will say so.
+        parser = self.stream and state.options.harmony and (self.dialect, kind) in harmony.UNSAID
+        if kind in SICK and not parser:
             self._sick(now)
         if kind in LOOKS_DEAD:
             self._died_at = self._died_at or self._tries
             if self._encoded:
                 self._digest = state.killers.failed(self._replica, self._incarnation, self._encoded, now)
-        self._again(kind, code, message)
+        alone = parser and sum(seat.serves(self._demand) for seat in state.admission.seats()) < 2
+        self._again(kind, code, message, elsewhere=not alone)
 
     def _again(self, kind: str, code: str, message: str, *, elsewhere: bool = True) -> None:
         """Another try where that may be, on another replica unless this one is not to blame; else the end."""
