@@ -47,6 +47,7 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "tenant_disabled": (409, "conflict_error"),
     "fleet_refused": (409, "conflict_error"),
     "authentication_failures": (429, "rate_limit_error"),
+    "worker_unavailable": (503, "overloaded_error"),
     "supervisor_unavailable": (503, "overloaded_error"),
     "store_unavailable": (503, "storage_error"),
     "storage_full": (507, "storage_error"),

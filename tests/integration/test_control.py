@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -340,7 +341,7 @@ def test_openapi_document_is_whole(control: Control) -> None:
     answer, text = raw(control, "GET", "/openapi.json")
     document = json.loads(text)
     assert document["openapi"].startswith("3.")
-    assert {"/v1/keys", "/v1/tenants/{name}", "/v1/fleet/{replica}/drain", "/health", "/metrics"} <= set(
+    assert {"/v1/keys", "/v1/tenants/{name}", "/v1/fleet/{replica}/drain", "/v1/explain", "/health", "/metrics"} <= set(
         document["paths"]
     )
     schemas = document["components"]["schemas"]
@@ -699,3 +700,64 @@ def test_control_runs_alone_without_a_supervisor(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+# Explanations
+
+JSON = {"content-type": "application/json"}
+
+
+def test_a_question_reaches_a_worker_as_it_was_written_and_its_answer_comes_back(control: Control) -> None:
+    said = {
+        "worker": "worker-0", "route": "chat", "class": "batch", "model": "tiny", "fallback": False,
+        "policy": "affinity", "chosen": "engine-1", "reason": "home", "queued": 2,
+        "ranking": [{"replica": "engine-1", "place": 1, "why_here": "home", "lacks": ""}],
+    }  # fmt: skip
+    body = '{ "messages" : [ {"role":"user",\n "content":"h\\u00e9"} ] }'
+    asked = f'{{"model":"chat","class":"batch","session":"s","body":{body}}}'.encode()
+    other, worker = control.worker(name="worker-1"), control.worker()
+    worker.snapshot()
+    other.snapshot()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(raw, control, "POST", "/v1/explain", body=asked, **JSON, **with_token(control))
+        question = worker.expect("explain")
+        assert question["body"] == {
+            "model": "chat", "tenant": "", "class": "batch", "api": "chat", "session": "s", "body": body,
+        }  # fmt: skip
+        worker.send({"type": "explained", "id": question["id"] + 7, "values": {}})  # nobody's
+        worker.send({"type": "explained", "id": question["id"], "values": said})
+        status, text = answer.result(SECONDS)
+        assert (status.status, json.loads(text)) == (200, said)
+        answer = pool.submit(raw, control, "POST", "/v1/explain", body=asked, **JSON, **with_token(control))
+        question = worker.expect("explain")
+        error = {"code": "unsupported_field", "message": "`x` is not accepted.", "param": "x"}
+        worker.send({"type": "explained", "id": question["id"], "error": error})
+        status, text = answer.result(SECONDS)
+        assert (status.status, json.loads(text)["error"]) == (400, error | {"type": "invalid_request_error"})
+    worker.close()
+    other.close()
+
+
+def test_a_question_that_no_worker_answers_is_refused_in_time(hasty: Control) -> None:
+    with pytest.raises(Refused, match="no gateway worker") as caught:
+        hasty.call("POST", "/v1/explain", {"model": "chat"})
+    assert (caught.value.status, caught.value.code) == (503, "worker_unavailable")
+    worker = hasty.worker()
+    worker.snapshot()
+    with pytest.raises(Refused, match=r"worker-0 did not answer within 0\.\d+ s"):
+        hasty.call("POST", "/v1/explain", {"model": "chat"})
+    worker.close()
+
+
+@pytest.mark.parametrize(("asked", "status", "sentence"), [
+    (b'{"model":"chat","body":{"a":NaN}}', 400, "the body is not JSON"),
+    (b'{"model":"chat","body":[]}', 400, "body: "),
+    (b'{"model":"chat","api":"chats"}', 400, "api: "),
+    (b'{"model":"chat","class":"urgent"}', 400, "there is no class 'urgent'"),
+    (b'{"prompt":"x"}', 400, "model: Field required"),
+    (b'{"model":"chat","tenant":"nobody"}', 404, "there is no tenant 'nobody'"),
+])  # fmt: skip
+def test_a_bad_question_gets_one_sentence(control: Control, asked: bytes, status: int, sentence: str) -> None:
+    answer, text = raw(control, "POST", "/v1/explain", body=asked, **JSON, **with_token(control))
+    assert answer.status == status
+    assert sentence in json.loads(text)["error"]["message"]

@@ -4,6 +4,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +18,7 @@ from simulator.answers import natural_tokens
 from vitalis_serve.fleet import Replica, ReplicaState
 
 from tests.support import client, gateway, simulator
+from tests.support import control as controls
 from tests.support.client import Response, Wire
 from tests.support.gateway import PATHS
 from tests.support.simulator import Simulator
@@ -689,3 +693,125 @@ def test_health_keeps_its_interface(worker: WorkerProcess, quick: Simulator) -> 
     answer = gateway.ask(worker, client.get("/health", auth()))
     assert (answer.status, answer.json["model_loaded"]) == (500, False)
     assert gateway.ask(worker, client.get("/health")).status == 401
+
+
+# -- with control: scopes, metrics, explanations
+
+
+@contextlib.contextmanager
+def whole(folder: Path, **options: Any) -> Iterator[tuple[controls.Control, WorkerProcess, str]]:
+    """A control, a worker that has its keys from it, and a key of tenant acme's with the scope debug."""
+    policies = [{k: v for k, v in route.items() if k not in ("name", "model")} for route in ROUTES]
+    routes = [
+        {"name": route["name"], "model": route["model"], "policy": policy}
+        for route, policy in zip(ROUTES, policies, strict=True)
+    ]
+    folder.mkdir(exist_ok=True)
+    with controls.running(folder, routes=routes, workers=1, apply_seconds=10) as control:
+        snapshot = (folder / "snapshot.json").read_bytes()
+        with running_worker(folder, document=snapshot, **options) as worker:
+            control.call("POST", "/v1/tenants", {"name": "acme"})
+            made = control.call("POST", "/v1/keys", {"tenant": "acme", "scopes": ["inference", "debug"]})
+            assert made["applied"]
+            yield control, worker, made["key"]
+
+
+def compact(**body: Any) -> bytes:
+    """As official clients write it."""
+    return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def test_control_tells_where_a_request_would_go_and_there_it_goes(tmp_path: Path, quick: Simulator) -> None:
+    with whole(tmp_path, routing="session") as (control, worker, key):
+        worker.fleet(*(say(f"engine-{i}", quick.address, MODEL, CANARY) for i in range(3)))
+        told, went = [], []
+        with client.connect(worker.url) as wire:
+            for number in range(30):
+                asked = {"messages": [{"role": "user", "content": f"Frage {number}: Verbrühung?"}]}
+                session = f"s{number}" if number % 2 else ""
+                found = control.call(
+                    "POST",
+                    "/v1/explain",
+                    {"model": "weighted", "tenant": "acme", "body": asked, "session": session},
+                )
+                told.append((found["chosen"], found["reason"], found["model"]))
+                headers = auth(key) | ({"x-session-id": session} if session else {})
+                wire.send(client.post(PATHS["chat"], compact(model="weighted", **asked, sim_output_tokens=1), headers))
+                answer = wire.read_response()
+                seen = answer.head.headers
+                went.append((seen["x-vitalis-replica"], seen["x-vitalis-reason"], answer.json["model"]))
+        assert told == went
+        assert len({replica for replica, _, _ in told}) == 3
+        assert len({model for _, _, model in told}) == 2
+        gateway.wait_until(lambda: len(worker.records()) == 30)
+        for log in (control.log_path.read_text(), worker.log(), worker.access_log.read_text()):
+            assert "Frage" not in log
+        assert not any("explain" in row["action"] for row in control.call("GET", "/v1/audit")["audit"])
+        gateway.settled(worker)
+
+
+def test_an_explanation_says_why_nobody_takes_it_and_takes_no_slot(tmp_path: Path, slow: Simulator) -> None:
+    with whole(tmp_path, routing="affinity", queue_seconds=20) as (control, worker, key):
+        worker.serve(slow.address, slots=1)
+        with occupied(worker, tenant=key), waiting(worker, request(key, tokens=1)):
+            before = slow.state()["requests_seen"]
+            found = control.call("POST", "/v1/explain", {"model": MODEL})
+            assert (found["chosen"], found["queued"], found["policy"]) == (None, 1, "affinity")
+            assert found["reason"] == "every replica that could take it is busy"
+            assert found["ranking"] == [
+                {"replica": "engine-0", "place": 1, "why_here": "home", "lacks": "no free slot"}
+            ]
+            assert worker.in_flight() == {"type": "in_flight", "count": 2, "replicas": {"engine-0": 1}}
+            assert slow.state()["requests_seen"] == before
+        gateway.settled(worker)
+
+
+def test_the_command_line_explains(tmp_path: Path, quick: Simulator) -> None:
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "vitalis_serve", "fleet", "explain", *words]
+        environ = {**os.environ, "VITALIS_CONFIG": str(tmp_path / "config.yaml")}
+        return subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+    (tmp_path / "config.yaml").write_text(f"profile: cpu-tiny\ndata_folder: {tmp_path}\n")
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "cpu-tiny.yaml").write_text("")
+    with whole(tmp_path, routing="affinity") as (control, worker, key):
+        worker.serve(*[quick.address] * 3)
+        text = "Was tun bei Verbrühung?"
+        words = ("--model", MODEL, "--tenant", "acme", "--prompt", text)
+        shown = command(*words)
+        assert shown.returncode == 0, shown.stderr
+        told = json.loads(command(*words, "--json").stdout)
+        assert shown.stdout.splitlines()[0] == f"{told['chosen']}: home"
+        assert len(told["ranking"]) == 3
+        assert text not in shown.stdout
+        asked = compact(model=MODEL, messages=[{"role": "user", "content": text}])
+        answer = gateway.ask(worker, client.post(PATHS["chat"], asked, auth(key)))
+        assert answer.head.headers["x-vitalis-replica"] == told["chosen"]
+        for wrong, code, words_of_it in (
+            (("--model", "gtp"), 1, "does not exist"),
+            (("--model", MODEL, "--class", "urgent"), 2, "there is no class 'urgent'"),
+            (("--model", MODEL, "--tenant", "acne"), 1, "acme"),
+            ((), 2, "--model"),
+        ):
+            refused = command(*wrong)
+            assert refused.returncode == code, refused
+            assert words_of_it in refused.stderr
+            assert "Traceback" not in refused.stderr
+        assert not command("--model", MODEL, "--json").stderr
+
+
+def test_fallbacks_are_counted(tmp_path: Path, quick: Simulator) -> None:
+    with whole(tmp_path) as (control, worker, key):
+        worker.fleet(say("engine-0", quick.address, SMALL))
+        for route in ("shy", "shy", "backed", MODEL):
+            gateway.ask(worker, request(key, route=route, tokens=1))
+        page = client.ask(control.address, client.get("/metrics", {"authorization": f"Bearer {control.token}"})).body
+        counted = dict(
+            line.rsplit(" ", 1) for line in page.decode().splitlines() if line.startswith("vitalis_fallbacks_total{")
+        )
+        assert {name: float(value) for name, value in counted.items()} == {
+            'vitalis_fallbacks_total{model="nowhere",route="shy",worker="worker-0"}': 2,
+            'vitalis_fallbacks_total{model="small",route="shy",worker="worker-0"}': 2,
+            'vitalis_fallbacks_total{model="small",route="backed",worker="worker-0"}': 1,
+        }

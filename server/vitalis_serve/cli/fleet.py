@@ -1,4 +1,4 @@
-"""`vitalis-serve fleet status|scale|drain|restart`: asks the running supervisor over its command socket."""
+"""`vitalis-serve fleet`: asks the running supervisor over its command socket; `explain` asks control."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vitalis_serve.cli.failure import fail
 from vitalis_serve.cli.numbers import whole
+from vitalis_serve.control import client as control
 from vitalis_serve.settings import load
 from vitalis_serve.supervise.commands import NotRunning, request
 from vitalis_serve.supervise.folders import run_folder
@@ -68,6 +69,47 @@ def restart(
 ) -> None:
     """Drain, stop and start replicas, one at a time."""
     _order(config, {"command": "restart", "replica": replica})
+
+
+@commands.command()
+def explain(
+    model: Annotated[str, typer.Option(help="The route that a request would name.")],
+    tenant: Annotated[str, typer.Option(help="Whose request it would be.")] = "",
+    class_: Annotated[str, typer.Option("--class", help="Of its key: emergency, interactive, standard, batch.")] = (
+        "standard"
+    ),
+    prompt: Annotated[str | None, typer.Option(help="Its first user message; kept nowhere.")] = None,
+    session: Annotated[str, typer.Option(help="Its x-session-id.")] = "",
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Which replica a chat would get just now, and why. Changes nothing."""
+    wanted: dict[str, Any] = {"model": model, "tenant": tenant, "class": class_, "session": session}
+    if prompt is not None:
+        wanted["body"] = {"messages": [{"role": "user", "content": prompt}]}
+    try:
+        answer = control.Client.of_folder(load(config, os.environ).data_folder).call("POST", "/v1/explain", wanted)
+    except control.NotRunning as exc:
+        fail(str(exc))
+    except control.Refused as exc:
+        fail(str(exc), 2 if exc.status == 400 else 1)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    fallback = ", a fallback" if answer["fallback"] else ""
+    console = Console()
+    console.print(f"{answer['chosen'] or 'no replica now'}: {answer['reason']}", markup=False)
+    console.print(
+        f"route {answer['route']}   model {answer['model']}{fallback}   class {answer['class']}   "
+        f"policy {answer['policy']}   waiting {answer['queued']}",
+        markup=False,
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in ("PLACE", "REPLICA", "WHY HERE", "LACKS"):
+        table.add_column(title, overflow="fold")
+    for line in answer["ranking"]:
+        table.add_row(str(line["place"]), line["replica"], line["why_here"], line["lacks"] or "-")
+    console.print(table, markup=False)
 
 
 def _order(config: Path | None, command: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Annotated, Any, Final, Literal, TypeVar
 
+import msgspec
 from fastapi import Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -121,6 +122,7 @@ def create_app(control: Control, access: Access) -> FastAPI:
     for router in (
         _watch_routes(control),
         _fleet_routes(control),
+        _explain_routes(control),
         _tenant_routes(control),
         _key_routes(control),
     ):
@@ -212,6 +214,35 @@ def _fleet_routes(control: Control) -> APIRouter:
         return await control.command(request, {"command": "drain", "replica": replica})
 
     return routes
+
+
+def _explain_routes(control: Control) -> APIRouter:
+    routes = APIRouter(tags=["fleet"])
+
+    @routes.post("/v1/explain")
+    async def explain(request: Request, body: schemas.Question) -> schemas.Explanation:
+        """Which replica a request would get just now, and why. Changes nothing; refused as the request would be."""
+        if body.tenant:
+            names = [tenant.name for tenant in await control.store.tenants()]
+            if body.tenant not in names:
+                raise ServeError("tenant_not_found", f"there is no tenant {body.tenant!r}{nearest(body.tenant, names)}")
+        question = body.model_dump(by_alias=True)
+        # Homes go by the bytes that a client wrote, spaces included.
+        try:
+            question["body"] = str(memoryview(_as_written(await request.body()).body), "utf-8")
+        except (msgspec.DecodeError, UnicodeDecodeError):  # NaN, or another encoding: Python reads more than JSON
+            raise ServeError("invalid_json", "the body is not JSON") from None
+        said = await control.workers.explain(question, control.options.collect_seconds)
+        return schemas.Explanation(**said)
+
+    return routes
+
+
+class _WithBody(msgspec.Struct):
+    body: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+_as_written = msgspec.json.Decoder(_WithBody).decode
 
 
 def _tenant_routes(control: Control) -> APIRouter:

@@ -65,6 +65,22 @@ class Scale(Body):
     replicas: Annotated[int, Field(ge=0, le=1024)]
 
 
+class Question(Body):
+    model: Annotated[str, Field(min_length=1, max_length=128, description="A route.")]
+    tenant: Annotated[
+        str,
+        StringConstraints(max_length=64),
+        Field(description="Whose request; homes differ by tenant. None: nobody's."),
+    ] = ""
+    class_: Annotated[Class, Field(alias="class", description="The key's; a route's own comes first.")] = "standard"
+    api: Literal["chat", "completions", "responses", "messages"] = "chat"
+    body: Annotated[
+        dict[str, Any],
+        Field(description="A request as a client would send it, byte for byte; kept nowhere. `model` may be left out."),
+    ] = {}
+    session: Annotated[str, StringConstraints(max_length=1024), Field(description="Of x-session-id.")] = ""
+
+
 class Answer(BaseModel):
     """What control answers."""
 
@@ -155,6 +171,26 @@ class Fleet(Answer):
 class FleetDone(Answer):
     message: str
     progress: list[str]
+
+
+class Candidate(Answer):
+    replica: str
+    place: int
+    why_here: str
+    lacks: Annotated[str, Field(description="Why it could not take the request now; empty where it could.")]
+
+
+class Explanation(Answer):
+    worker: Annotated[str, Field(description="Who says so; every worker has slots and a queue of its own.")]
+    route: str
+    class_: Annotated[str, Field(alias="class")]
+    model: Annotated[str, Field(description="The engines' name, chosen by weight where the route has weights.")]
+    fallback: Annotated[bool, Field(description="The model is a fallback: no replica serves those before it.")]
+    policy: str
+    chosen: Annotated[str | None, Field(description="The replica; null where the request would wait or be refused.")]
+    reason: str
+    ranking: list[Candidate]
+    queued: Annotated[int, Field(description="Requests that wait at this worker now.")]
 
 
 class Worker(Answer):

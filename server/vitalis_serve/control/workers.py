@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
+from vitalis_serve.errors import ServeError
+
 logger = logging.getLogger(__name__)
 
 _LINE_BYTES: Final = 16 << 20
@@ -51,6 +53,8 @@ class Workers:
         self._version = 0
         self._line = b""
         self._collections = 0
+        self._questions = 0
+        self._told: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._news = asyncio.Event()
         self._server: asyncio.Server | None = None
 
@@ -105,6 +109,28 @@ class Workers:
             logger.warning("a worker did not report its metrics in time")
         return {link.name: link.report for link in self._links.values() if link.report}
 
+    async def explain(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """What the first worker by name says of a request that it might get: `gateway/explaining.py` has both shapes.
+
+        Raises ServeError as that request would be refused; worker_unavailable where none answers within `seconds`."""
+        if not self._links:
+            raise ServeError("worker_unavailable", "no gateway worker is connected to control")
+        link = self._links[min(self._links)]
+        self._questions += 1
+        asked = self._questions
+        told = self._told[asked] = asyncio.get_running_loop().create_future()
+        link.send(msgspec.json.encode({"type": "explain", "id": asked, "body": question}) + b"\n")
+        try:
+            async with asyncio.timeout(seconds):
+                said = await told
+        except TimeoutError:
+            raise ServeError("worker_unavailable", f"{link.name} did not answer within {seconds:g} s") from None
+        finally:
+            del self._told[asked]
+        if (error := said.get("error")) is not None:
+            raise ServeError(error["code"], error["message"], param=error["param"])
+        return dict(said["values"])
+
     def _all_at(self, version: int, workers: int) -> bool:
         return len(self._links) >= workers and all(link.version >= version for link in self._links.values())
 
@@ -155,4 +181,8 @@ class Workers:
         elif message["type"] == "metrics":
             link.report = dict(message["values"])
             link.reported = max(link.reported, int(message["id"]))
+        elif message["type"] == "explained":
+            told = self._told.get(int(message["id"]))
+            if told is not None and not told.done():
+                told.set_result(message)
         self._tell()

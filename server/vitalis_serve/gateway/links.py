@@ -65,12 +65,14 @@ class ControlLink:
         version: Callable[[], int],
         on_snapshot: Callable[[bytes], None],
         report: Callable[[], dict[str, object]],
+        explain: Callable[[bytes], dict[str, Any]],
     ) -> None:
         self._path = path
         self._name = name
         self._version = version
         self._on_snapshot = on_snapshot
         self._report = report
+        self._explain = explain
 
     async def run(self) -> None:
         while True:
@@ -97,6 +99,9 @@ class ControlLink:
                 writer.write(_encode({"type": "applied", "version": self._version()}) + b"\n")
             elif message.type == "collect":
                 writer.write(_encode({"type": "metrics", "id": message.id, "values": self._report()}) + b"\n")
+            elif message.type == "explain":
+                said = self._explain(bytes(message.body))
+                writer.write(_encode({"type": "explained", "id": message.id, **said}) + b"\n")
             await writer.drain()
 
 

@@ -25,6 +25,7 @@ import uvloop
 
 from vitalis_serve.errors import ServeError
 from vitalis_serve.fleet import Fleet
+from vitalis_serve.gateway import explaining
 from vitalis_serve.gateway.keys import KeyTable
 from vitalis_serve.gateway.links import HEARTBEAT_SECONDS, ControlLink, SupervisorLink
 from vitalis_serve.gateway.options import WorkerOptions
@@ -103,6 +104,7 @@ class Worker:
             version=lambda: self.state.keys.version,
             on_snapshot=self._on_snapshot,
             report=self.state.report,
+            explain=lambda question: explaining.answer(self.state, question),
         )
         async with asyncio.TaskGroup() as tasks:
             side = [tasks.create_task(control.run()), tasks.create_task(self._sweep())]
