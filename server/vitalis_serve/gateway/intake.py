@@ -70,7 +70,7 @@ class Intake:
             raise ServeError("unsupported_field", words)
         self._salt = keys.salt(key.tenant)
         self.max_tokens = _longest(body.fields, dialect)
-        self.answers = _answers(body.fields) if "n" in body.fields else 1
+        self.answers = _answers(body.fields, dialect) if "n" in body.fields else 1
 
     def encode(self, model: str) -> bytes:
         """The body as an engine is to get it, under its own name for the model."""
@@ -103,8 +103,11 @@ class Intake:
         )
 
 
-def _answers(fields: Mapping[str, msgspec.Raw]) -> int:
-    """How many answers are wanted at once; 1 where the field says nonsense, which the engine will refuse."""
+def _answers(fields: Mapping[str, msgspec.Raw], dialect: str) -> int:
+    """How many answers are wanted at once; 1 where the field says nonsense, which the engine will refuse, and where
+    the API has no such field."""
+    if dialect not in ("chat", "completions"):
+        return 1
     try:
         return max(1, _as_int(fields["n"]))
     except msgspec.DecodeError:

@@ -8,7 +8,7 @@
     abandoned, not streamed        estimated         by the time it ran
     refused by the engine          0                 0
 
-An abandoned one's prompt is its body's bytes over the bytes per token that the route's finished requests had.
+An abandoned one's prompt is estimated from its body's bytes, as the route's finished requests had them.
 """
 
 import re
@@ -166,6 +166,8 @@ _CALLS: Final = (b'"tool_calls":[', b'"type":"response.function_call', b'"type":
 _CLOSING: Final = {"chat": 2, "completions": 2, "responses": 3, "messages": 2}
 
 _KEPT: Final = 0.98  # what is learned from one request fades to a third over fifty
+_NEW: Final = 1 - _KEPT
+_STEADY: Final = 10_000.0  # as if a spread of 100 bytes had shown 4 bytes a token: bodies of one length show nothing
 _LEARNT_FROM: Final = 16  # events: of a shorter stream the hidden tokens are too large a part
 
 
@@ -180,7 +182,8 @@ def hidden(last: bytes, dialect: str, *, thought: bool, choices: int) -> int:
     if dialect not in _TURNING:
         return 0
     tokens = _OPENING
-    turned = any(mark in last for mark in _WORDS[dialect]) or not thinks(last, dialect)
+    thoughts = max(last.rfind(mark) for mark in _THOUGHTS[dialect])
+    turned = thoughts < 0 or max(last.rfind(mark) for mark in _WORDS[dialect]) > thoughts
     if b'"logprobs":{' in last:
         turned = False  # where logprobs are told, these tokens have events
     if thought and turned:
@@ -191,20 +194,29 @@ def hidden(last: bytes, dialect: str, *, thought: bool, choices: int) -> int:
 
 
 class Rates:
-    """What the finished requests of one route teach about those that are abandoned: sums that fade."""
+    """What the finished requests of one route teach about those that are abandoned: sums and means that fade.
 
-    __slots__ = ("_bytes", "_bytes_tokens", "_events", "_events_tokens", "_seconds", "_seconds_tokens")
+    A prompt's tokens are a straight line over its body's bytes, not a ratio: a body has fields that are no prompt,
+    and of a short one they are the most."""
+
+    __slots__ = (
+        "_bytes", "_bytes_both", "_bytes_spread", "_events", "_events_tokens", "_prompt", "_seconds", "_seconds_tokens",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         # What is believed at first: 4 bytes a token, a token an event, 50 tokens a second.
-        self._bytes, self._bytes_tokens = 400.0, 100.0
+        self._bytes, self._prompt = 400.0, 100.0  # means
+        self._bytes_spread = self._bytes_both = 0.0  # variance, and covariance with the tokens
         self._events, self._events_tokens = 100.0, 100.0
         self._seconds, self._seconds_tokens = 1.0, 50.0
 
     def learn(self, usage: Usage, body_bytes: int, seconds: float) -> None:
         """A request finished, `seconds` after an engine got it."""
-        self._bytes = _KEPT * self._bytes + body_bytes
-        self._bytes_tokens = _KEPT * self._bytes_tokens + usage.prompt_tokens
+        off, tokens_off = body_bytes - self._bytes, usage.prompt_tokens - self._prompt
+        self._bytes += _NEW * off
+        self._prompt += _NEW * tokens_off
+        self._bytes_spread = _KEPT * (self._bytes_spread + _NEW * off * off)
+        self._bytes_both = _KEPT * (self._bytes_both + _NEW * off * tokens_off)
         self._seconds = _KEPT * self._seconds + seconds
         self._seconds_tokens = _KEPT * self._seconds_tokens + usage.completion_tokens
 
@@ -221,7 +233,8 @@ class Rates:
 
     def prompt(self, body_bytes: int) -> int:
         """Tokens of a prompt, by the bytes of the body it is in; at least one."""
-        return max(1, round(body_bytes * self._bytes_tokens / max(1.0, self._bytes)))
+        slope = (self._bytes_both + _STEADY / 4) / (self._bytes_spread + _STEADY)
+        return max(1, round(self._prompt + slope * (body_bytes - self._bytes)))
 
     def generated(self, events: int, hidden_tokens: int) -> int:
         """Tokens behind so many events that bear some. One each, unless the engine sends only every n-th time

@@ -163,6 +163,7 @@ def test_a_responses_stream() -> None:
 
 # -- estimates
 
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
 THOUGHT = b'data: {"choices":[{"index":0,"delta":{"reasoning":"Hm"}}]}\n\n'
 WORD = b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
 CALL = b'data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0}]}}]}\n\n'
@@ -174,6 +175,7 @@ def test_what_makes_no_event() -> None:
     assert hidden(THOUGHT, "chat", thought=True, choices=1) == 3
     assert hidden(WORD, "chat", thought=True, choices=1) == 9
     assert hidden(THOUGHT + WORD, "chat", thought=True, choices=2) == 18
+    assert hidden(ROLE + THOUGHT, "chat", thought=True, choices=2) == 6
     assert hidden(WORD, "chat", thought=False, choices=1) == 3
     assert hidden(CALL, "chat", thought=True, choices=1) == 12
     assert hidden(WORD, "completions", thought=False, choices=1) == 0
@@ -184,9 +186,19 @@ def test_a_prompt_is_estimated_by_the_bytes_a_token_had() -> None:
     rates = Rates()
     assert rates.prompt(400) == 100
     assert rates.prompt(1) == 1
-    for _ in range(200):
-        rates.learn(Usage(prompt_tokens=1000), 3000, 1.0)
-    assert rates.prompt(600) == pytest.approx(200, rel=0.02)
+    for tokens in (20, 3000, 100, 400) * 100:  # 300 bytes of other fields
+        rates.learn(Usage(prompt_tokens=tokens), 300 + 3 * tokens, 1.0)
+    for tokens in (20, 200, 10_000):
+        assert rates.prompt(300 + 3 * tokens) == pytest.approx(tokens, rel=0.02, abs=2)
+
+
+def test_short_prompts_say_little_about_long_ones() -> None:
+    rates = Rates()
+    for _ in range(400):
+        rates.learn(Usage(prompt_tokens=10), 150, 1.0)
+    assert rates.prompt(150) == 10
+    assert rates.prompt(10_150) == pytest.approx(2510, rel=0.01)
+    assert rates.prompt(1) == 1
 
 
 def test_an_unseen_answer_is_estimated_by_its_time() -> None:
