@@ -168,14 +168,15 @@ def test_a_replica_that_resets_gets_no_more_requests_until_it_answers(
     assert not stage.is_open("engine-1")
     for api, stream in CASES:
         gateway.check_answer(api, stage.ask(api, stream=stream), stream=stream)
-    assert seen(bad) == before + 5
-    assert stage.metric("vitalis_retries_total") == 5
-    assert stage.metric("vitalis_breaker_openings_total", replica="engine-0") == 1
+    # on a slow day a back-off is over by now: then there was one probe, which opened it again
+    openings = stage.metric("vitalis_breaker_openings_total", replica="engine-0")
+    assert seen(bad) == before + 4 + openings
+    assert stage.metric("vitalis_retries_total") == 4 + openings
     bad.reset()
 
     def answers() -> bool:
         gateway.check_answer("chat", stage.ask(), stream=False)
-        return seen(bad) > before + 5
+        return seen(bad) > before + 4 + openings
 
     wait_until(answers, what="a probe")
     assert not stage.is_open()
@@ -188,14 +189,15 @@ def test_a_probe_that_fails_opens_the_breaker_for_longer(stage: Stage, bad: Simu
 
     def probed() -> bool:
         gateway.check_answer("chat", stage.ask(), stream=False)
-        return seen(bad) == before + 1
+        return seen(bad) > before
 
     wait_until(probed, what="a probe")
     assert stage.is_open()
-    assert stage.metric("vitalis_breaker_openings_total", replica="engine-0") == 2
     for _ in range(20):
         gateway.check_answer("chat", stage.ask(), stream=False)
-    assert seen(bad) == before + 1
+    openings = stage.metric("vitalis_breaker_openings_total", replica="engine-0")
+    assert openings >= 2
+    assert seen(bad) == before - 1 + openings
 
 
 def test_one_replica_alone_serves_its_queue_when_it_is_back_after_exactly_one_probe(
@@ -204,7 +206,7 @@ def test_one_replica_alone_serves_its_queue_when_it_is_back_after_exactly_one_pr
     stage.worker.serve(bad.address, slots=4)
     open_breaker(stage, bad)
     bad.reset()
-    bad.misbehave("stall", stream=False, seconds=0.4, requests=1)
+    bad.misbehave("stall", stream=False, seconds=1, requests=1)
     before = seen(bad)
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(stage.ask) for _ in range(8)]
@@ -237,7 +239,7 @@ def test_those_who_had_a_slot_when_the_breaker_opened_wait_for_the_replica(stage
         bad.reset()
         statuses = [answer.result().status for answer in waiting]
     assert set(statuses) == {200, 502}
-    assert 5 <= statuses.count(502) <= 8
+    assert 5 <= statuses.count(502) <= 12  # 8 that ran, and whoever got the slots of the first four of them
 
 
 def test_a_probe_whose_client_leaves_frees_the_place(stage: Stage, bad: Simulator) -> None:
@@ -316,6 +318,7 @@ def test_an_answer_in_between_starts_the_count_anew(stage: Stage, bad: Simulator
             assert stage.ask().status == 502
         assert stage.ask().status == 200
     assert not stage.is_open()
+    assert stage.metric("vitalis_shed_total") == 0  # what an engine failed is not what we turned away
 
 
 # Retries
@@ -519,19 +522,22 @@ def test_harmony_never_opens_a_breaker(harmony: Stage, bad: Simulator, api: str,
         bad.reset()
 
 
+@pytest.mark.parametrize("tokens", [gateway.TOKENS, 3])
 @pytest.mark.parametrize(("api", "stream"), SPEAKERS)
-def test_a_tools_name_that_cannot_be_read(harmony: Stage, bad: Simulator, api: str, stream: bool) -> None:
+def test_a_tools_name_that_cannot_be_read(harmony: Stage, bad: Simulator, api: str, stream: bool, tokens: int) -> None:
+    """Three tokens have no reasoning before the call, so even a stream can be tried again."""
     harmony.worker.serve(bad.address)
     before = harmony.failures("harmony_tool_name")
     bad.misbehave("leak_tool_name", requests=1)
-    answer = harmony.ask(api, stream=stream)
-    if stream and not gateway.looks_whole(api, answer.events):  # its reasoning was relayed already
+    answer = harmony.ask(api, stream=stream, tokens=tokens)
+    if stream and tokens > 3:
         assert answer.status == 200
+        assert not gateway.looks_whole(api, answer.events)
         message = gateway.terminal_error(api, answer.events)["message"]
     else:
-        gateway.check_answer(api, answer, stream=stream)
+        gateway.check_answer(api, answer, stream=stream, tokens=tokens)
         bad.misbehave("leak_tool_name", requests=2)
-        answer = harmony.ask(api, stream=stream)
+        answer = harmony.ask(api, stream=stream, tokens=tokens)
         assert answer.status == 502
         message = answer.json["error"]["message"]
         before += 2
@@ -641,5 +647,6 @@ def test_an_engine_that_falls_silent_is_told_in_time_and_opens_its_breaker(
             for answer in (task.result() for task in tasks):
                 assert (answer.status, gateway.error_code(answer)) == (504, "first_token_timeout")
         assert stage.is_open()
+        bad.reset()  # or its probe would wait
         for api, stream in CASES:
             gateway.check_answer(api, stage.ask(api, stream=stream), stream=stream)
