@@ -639,7 +639,7 @@ def test_guidance_says_when_reasoning_took_all_tokens(worker: WorkerProcess) -> 
         assert answer.status == 400
         assert "all 10 tokens" in guidance_error(answer)
         record = gateway.record_of(worker, name)
-        assert (record["outcome"], record["code"]) == ("refused", "invalid_request")
+        assert (record["outcome"], record["code"], record["completion_tokens"]) == ("refused", "invalid_request", 3)
         gateway.settled(worker)
 
 

@@ -110,13 +110,13 @@ def test_refused_key_leaves_no_file(control: Control, tmp_path: Path) -> None:
 
 
 def test_key_with_everything_is_listed_and_revoked(control: Control) -> None:
-    words = ("--scopes", "inference,metrics", "--routes", "chat", "--expires-in", "30", "--name", "full")
+    words = ("--scopes", "inference,debug", "--routes", "chat", "--expires-in", "30", "--name", "full")
     made = command(control, "keys", "create", "--tenant", "acme", *words)
     assert made.returncode == 0, made.stderr
     key_id = Path(made.stdout.strip()).name.removeprefix("key-")
     listed = json.loads(command(control, "keys", "list", "--tenant", "acme", "--json").stdout)
     (entry,) = [key for key in listed if key["id"] == key_id]
-    assert (entry["scopes"], entry["routes"], entry["status"]) == (["inference", "metrics"], ["chat"], "active")
+    assert (entry["scopes"], entry["routes"], entry["status"]) == (["inference", "debug"], ["chat"], "active")
     assert abs(entry["expires_at"] - time.time() - 30 * 86_400) < 120
     assert "digest" not in entry
     assert command(control, "keys", "revoke", key_id).stdout.strip().endswith("revoked, in force")

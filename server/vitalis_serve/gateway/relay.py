@@ -711,6 +711,7 @@ class Relay:
             try:
                 body = self._guidance(body)
             except ServeError as error:
+                self._told_all = True  # finished, though of no use to its caller
                 self._fail(error)
                 return
         self._answer(200, body, content_type)
@@ -912,30 +913,28 @@ class Relay:
 
     def _used(self, outcome: str) -> Usage:
         """As the engine counted; where it could not say, as is estimated. What finishes teaches what does not."""
-        told, dialect = self._told, self.dialect
-        rates = self._state.rates[self.route]
-        tokens = 0
-        if self.stream and self._state.options.harmony:
-            tokens = usage.hidden(self._last, dialect, thought=self._thought, choices=self._answers)
-        if told is not None and (self._told_all if self.stream else outcome == "ok"):
+        told, rates = self._told, self._state.rates[self.route]
+        if told is not None and (self._told_all or (outcome == "ok" and not self.stream)):
             if outcome == "ok" and self._sent_at:
                 rates.learn(told, self._demand.body_bytes, self._state.now() - self._sent_at)
                 if self.stream:
-                    rates.learn_stream(dialect, self._events, tokens, told.completion_tokens)
+                    rates.learn_stream(self.dialect, self._events, told.completion_tokens, self._answers)
             return told
         if not self._sent_at or self.api is None or not self.api.streams:
             return Usage()
-        return self._estimated(rates, tokens)
+        return self._estimated(rates)
 
-    def _estimated(self, rates: usage.Rates, hidden: int) -> Usage:
-        now, told, asked = self._state.now(), self._told, self._demand
-        if told is None or self.dialect == "responses":  # which repeats the request, and whatever looks like usage
+    def _estimated(self, rates: usage.Rates) -> Usage:
+        now, told, asked, dialect = self._state.now(), self._told, self._demand, self.dialect
+        if told is None or dialect == "responses":  # which repeats the request, and whatever looks like usage
             told = Usage(rates.prompt(asked.body_bytes), prompt_estimated=True)
         told.completion_estimated = True
         if not self.stream:
             told.completion_tokens = rates.after(now - self._sent_at, asked.output_tokens)
         elif self._events > 0 and not (told.completion_tokens and self._answers == 1):
-            tokens = rates.generated(self._events, hidden)
+            tokens = rates.generated(self._events)
+            if self._state.options.harmony:
+                tokens += usage.hidden(self._last, dialect, thought=self._thought, choices=self._answers)
             if self.client.paused_at:  # the engine went on while the client did not read
                 read = max(1e-3, self.client.paused_at - self.first_at)
                 ahead = round(tokens * (now - self.client.paused_at) / read)
