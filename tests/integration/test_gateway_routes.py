@@ -129,9 +129,7 @@ def slow(logs: Path) -> Iterator[Simulator]:
 @pytest.fixture(scope="module")
 def _worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     folder = tmp_path_factory.mktemp("routes")
-    with running_worker(
-        folder, document=document(), queue_requests=2, queue_seconds=0.5, routing="affinity"
-    ) as running:
+    with running_worker(folder, document=document(), queue_requests=2, queue_seconds=1, routing="affinity") as running:
         yield running
 
 
@@ -141,7 +139,7 @@ def worker(_worker: WorkerProcess, quick: Simulator, slow: Simulator) -> Iterato
     gateway.settled(_worker)
     for engine in (quick, slow):
         engine.reset()
-        engine.wait_for(lambda state: not state["running"] and not state["waiting"], seconds=1)
+        engine.wait_for(lambda state: not state["running"] and not state["waiting"])
 
 
 @contextlib.contextmanager
@@ -307,7 +305,7 @@ def test_a_fallback_answers_who_waited_in_vain(
         assert fallback_of(answer) == SMALL
         record = gateway.record_of(worker, name)
     assert record["outcome"] == "ok"
-    assert 400 <= record["queue_ms"] < 2000
+    assert record["queue_ms"] >= 900
     assert record["replica"] == "engine-1"
 
 
@@ -580,7 +578,7 @@ def test_guidance_is_answered_as_its_callers_read_it(worker: WorkerProcess, quic
     assert set(facts) == {"generation_time", "prompt_length", "response_length", "model_path"}
     assert (facts["prompt_length"], facts["response_length"]) == (len(found["prompt"]), len(found["response"]))
     assert facts["model_path"] == MODEL
-    assert 0 <= facts["generation_time"] < 5
+    assert facts["generation_time"] >= 0
     record = gateway.record_of(worker, name)
     assert (record["outcome"], record["route"], record["path"]) == ("ok", "vitalis-emergency", GUIDE)
     assert record["completion_tokens"] == 20
@@ -681,7 +679,7 @@ def test_a_caller_of_guidance_who_leaves_frees_the_engine(worker: WorkerProcess,
     with client.connect(worker.url) as wire:
         wire.send(guide(prompt=text, max_tokens=1000))
         slow.wait_for(lambda state: state["running"] == 1)
-    slow.wait_for(lambda state: state["running"] == 0 and state["aborts"] == aborts + 1, seconds=1)
+    slow.wait_for(lambda state: state["running"] == 0 and state["aborts"] == aborts + 1, seconds=2)
 
 
 def test_health_keeps_its_interface(worker: WorkerProcess, quick: Simulator) -> None:
