@@ -701,6 +701,7 @@ class Relay:
             self._try_failed("aborted", "engine_unreachable", "The engine gave the request up.")
             return
         self._take_usage(body)
+        self._told_all = True  # finished, whether or not it is of use to its caller
         leak = harmony.leak(body) if self.dialect != "completions" else ""
         if leak == "tool_name":
             self._harmony_failed(leak)
@@ -711,7 +712,6 @@ class Relay:
             try:
                 body = self._guidance(body)
             except ServeError as error:
-                self._told_all = True  # finished, though of no use to its caller
                 self._fail(error)
                 return
         self._answer(200, body, content_type)
@@ -925,20 +925,16 @@ class Relay:
         return self._estimated(rates)
 
     def _estimated(self, rates: usage.Rates) -> Usage:
-        now, told, asked, dialect = self._state.now(), self._told, self._demand, self.dialect
+        told, asked, dialect = self._told, self._demand, self.dialect
         if told is None or dialect == "responses":  # which repeats the request, and whatever looks like usage
             told = Usage(rates.prompt(asked.body_bytes), prompt_estimated=True)
         told.completion_estimated = True
         if not self.stream:
-            told.completion_tokens = rates.after(now - self._sent_at, asked.output_tokens)
+            told.completion_tokens = rates.after(self._state.now() - self._sent_at, asked.output_tokens)
         elif self._events > 0 and not (told.completion_tokens and self._answers == 1):
             tokens = rates.generated(self._events)
             if self._state.options.harmony:
                 tokens += usage.hidden(self._last, dialect, thought=self._thought, choices=self._answers)
-            if self.client.paused_at:  # the engine went on while the client did not read
-                read = max(1e-3, self.client.paused_at - self.first_at)
-                ahead = round(tokens * (now - self.client.paused_at) / read)
-                tokens = max(tokens, min(tokens + ahead, asked.output_tokens))
             told.completion_tokens = tokens
         return told
 
