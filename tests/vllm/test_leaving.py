@@ -15,6 +15,10 @@ MODEL = "gpt-oss-tiny"
 FREED_SECONDS = 0.2
 # One look at /metrics of both engines on a busy machine; the looks themselves must not decide.
 LOOK_SECONDS = 0.3
+# A shared machine stands still for longer than that now and then; it does not do so each time a client leaves.
+ATTEMPTS = 3
+# vLLM counts what runs once an engine step is over: a first event can be here before the count.
+COUNTED_SECONDS = 10
 LONG: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
         "model": MODEL, "messages": [{"role": "user", "content": "Count to two hundred."}], "temperature": 0,
@@ -45,33 +49,48 @@ def post(tree: Stack, path: str, body: dict[str, Any]) -> client.Wire:
     return wire
 
 
-def freed(tree: Stack, aborted: float) -> None:
+def freed(tree: Stack, aborted: float) -> bool:
+    """Whether the engine was free in time; that it became free and made no further token is asserted."""
     left = time.monotonic()
-    until(lambda: tree.total(engines.Engine.running) == 0, FREED_SECONDS + LOOK_SECONDS, "the engine freed", every=0.01)
+    until(lambda: tree.total(engines.Engine.running) == 0, COUNTED_SECONDS, "the engine freed", every=0.01)
+    in_time = time.monotonic() - left <= FREED_SECONDS + LOOK_SECONDS
     generated = tree.total(engines.Engine.generated)
     time.sleep(max(0.0, 0.5 - (time.monotonic() - left)))  # time in which a request that runs on would show
     assert tree.total(engines.Engine.generated) == generated, "tokens are still made for a client that has left"
     assert tree.total(engines.Engine.aborted) == aborted
     until(lambda: tree.metrics()["vitalis_in_flight"] == 0, 2, "the slot came back")
+    return in_time
+
+
+def one_runs(tree: Stack) -> None:
+    until(lambda: tree.total(engines.Engine.running) == 1, COUNTED_SECONDS, "the request runs")
+
+
+def leave_streamed(tree: Stack, path: str) -> bool:
+    aborted = tree.total(engines.Engine.aborted)
+    with post(tree, path, LONG[path] | {"stream": True}) as wire:
+        head = wire.read_head()
+        assert head.status == 200
+        next(wire.events(head))
+        one_runs(tree)
+    return freed(tree, aborted)
+
+
+def leave_not_streamed(tree: Stack, path: str) -> bool:
+    aborted = tree.total(engines.Engine.aborted)
+    with post(tree, path, LONG[path]):
+        one_runs(tree)
+    return freed(tree, aborted)
 
 
 @pytest.mark.parametrize("path", LONG)
 def test_streamed(pair: Stack, path: str) -> None:
-    aborted = pair.total(engines.Engine.aborted)
-    with post(pair, path, LONG[path] | {"stream": True}) as wire:
-        head = wire.read_head()
-        assert head.status == 200
-        next(wire.events(head))
-        assert pair.total(engines.Engine.running) == 1
-    freed(pair, aborted)
+    assert any(leave_streamed(pair, path) for _ in range(ATTEMPTS))
 
 
 @pytest.mark.parametrize("path", LONG)
 def test_not_streamed(pair: Stack, path: str) -> None:
-    aborted = pair.total(engines.Engine.aborted)
-    with post(pair, path, LONG[path]):
-        until(lambda: pair.total(engines.Engine.running) == 1, 10, "the request runs")
-    freed(pair, aborted)
+    assert any(leave_not_streamed(pair, path) for _ in range(ATTEMPTS))
 
 
 def test_one_leaves_and_the_others_are_answered(pair: Stack) -> None:
@@ -96,11 +115,16 @@ def test_one_leaves_and_the_others_are_answered(pair: Stack) -> None:
     until(lambda: pair.metrics()["vitalis_open_contexts"] == 0, 2, "no context left")
 
 
-def test_the_official_client_leaves(pair: Stack) -> None:
-    aborted = pair.total(engines.Engine.aborted)
-    stream = pair.openai().completions.create(
+def leave_with_the_official_client(tree: Stack) -> bool:
+    aborted = tree.total(engines.Engine.aborted)
+    stream = tree.openai().completions.create(
         model=MODEL, prompt="The capital of France is", max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
+    one_runs(tree)
     stream.close()
-    freed(pair, aborted)
+    return freed(tree, aborted)
+
+
+def test_the_official_client_leaves(pair: Stack) -> None:
+    assert any(leave_with_the_official_client(pair) for _ in range(ATTEMPTS))
