@@ -25,9 +25,9 @@ import msgspec
 
 from vitalis_serve.errors import ServeError
 from vitalis_serve.fleet import TAKES_REQUESTS, Fleet
-from vitalis_serve.gateway.fairness import ClassQueue, Waiting
+from vitalis_serve.gateway.fairness import Account, ClassQueue, Waiting
 from vitalis_serve.gateway.pace import DrainRate, PrefillRate
-from vitalis_serve.gateway.routing import Decision, Explanation, Policy, explain, policy
+from vitalis_serve.gateway.routing import Explanation, Policy, explain, policy
 from vitalis_serve.gateway.seats import CLASSES, EMERGENCY, Demand, Seat, cost
 
 AGED_EVERY: Final = 8
@@ -86,28 +86,24 @@ class Grant(msgspec.Struct, frozen=True):
 
 
 class Entered(msgspec.Struct, frozen=True):
-    """What became of a waiter that entered: a seat, or (None) queued. `grants` and `shed` are other waiters'."""
+    """What became of a waiter that entered: a seat and why that one, or (None) queued. `grants` and `shed` are other
+    waiters'."""
 
     seat: Seat | None
-    decision: Decision | None = None
+    reason: str = ""
     grants: tuple[Grant, ...] = ()
     shed: tuple[Any, ...] = ()
 
 
 class _Holding(msgspec.Struct):
+    """prefill: prompt tokens that still count as being read; until `over` at the latest, where no first token is
+    reported (0: it is)."""
+
     demand: Demand
     seat: Seat
+    account: Account
     prefill: int
-    order: int
-
-
-@dataclass(slots=True, eq=False)
-class _Tenant:
-    """What a tenant holds in one class, and when it last asked."""
-
-    weight: float
-    seen: float
-    in_flight: int = 0
+    over: float
 
 
 class Admission:
@@ -131,15 +127,13 @@ class Admission:
         self._ordinary = [self._classes[name] for name in CLASSES[1:]]
         self._waiting: dict[Any, Waiting] = {}
         self._deadlines: list[tuple[float, int, Any]] = []
-        self._silent: list[tuple[float, int, Any]] = []  # not streamed: when their prefill must be over
         self._arrivals = 0
         self._since_aged = 0
-        self._tenants: dict[tuple[str, str], _Tenant] = {}
-        self._weights = dict.fromkeys(CLASSES, 0.0)
+        self._counted: dict[Account, ClassQueue] = {}  # tenants that asked of late
+        self._weights = dict.fromkeys(CLASSES, 0.0)  # theirs
         self._all_weights = 0.0
         self._ordinary_slots = 0
         self._drain = DrainRate()
-        self._rates: dict[str, PrefillRate] = {}
 
     # -- what there is
 
@@ -173,8 +167,7 @@ class Admission:
         for replica in fleet.replicas:
             seat = self._seats.get(replica.name)
             if seat is None or seat.replica.incarnation != replica.incarnation:
-                seat = Seat(replica)
-                self._rates[replica.name] = PrefillRate(self._options.prefill_tokens_per_second)
+                seat = Seat(replica, PrefillRate(self._options.prefill_tokens_per_second))
             seat.replica = replica
             seat.takes = replica.state in TAKES_REQUESTS
             seat.models = frozenset(replica.models)
@@ -185,7 +178,6 @@ class Admission:
             self._ordinary_slots,
             sum(seat.ordinary_slots for seat in seats.values() if seat.takes),
         )
-        self._rates = {name: self._rates[name] for name in seats}
         if before:
             self._drain.scale(self._ordinary_slots / before)
         self.routing.update(list(seats.values()))
@@ -207,14 +199,21 @@ class Admission:
 
         ServeError no_ready_engine where no replica that takes requests holds the model, queue_full."""
         queue = self._classes[demand.class_]
-        self._note_tenant(demand, now)
-        if (
-            not self._someone_first(queue, demand)
-            and (decision := self.routing.choose(demand, self._heavy(demand))) is not None
-        ):
-            self._take(demand, decision.seat, now)
-            queue.grant_at_once(demand)
-            return Entered(decision.seat, decision)
+        account = queue.accounts.get(demand.tenant)
+        if account is None or not account.counted:
+            account = self._count_in(queue, demand)
+        account.seen = now
+        if not (self._waiting and self._someone_first(queue, demand)):
+            # Among all classes' tenants its share is smallest: below that it is below any share.
+            heavy = account.running * self._all_weights >= self._ordinary_slots * account.counted
+            if heavy:
+                heavy = self._heavy(queue, account)
+            decision = self.routing.choose(demand, heavy)
+            if decision is not None:
+                seat = decision.seat
+                self._take(demand, seat, account, now)
+                queue.grant_at_once(account, demand)
+                return Entered(seat, decision.reason)
         assert demand.waiter not in self._waiting, "a waiter entered twice"
         if not any(seat.serves(demand) for seat in self._seats.values()):
             raise ServeError("no_ready_engine", "No engine is ready for this model just now.", retry_after=5)
@@ -223,9 +222,9 @@ class Admission:
         grants = self._serve_all(now) if self._may_fit(demand) else []
         own = next((grant for grant in grants if grant.waiter == demand.waiter), None)
         if own is None:
-            return Entered(None, None, tuple(grants), shed)
+            return Entered(None, "", tuple(grants), shed)
         others = tuple(grant for grant in grants if grant is not own)
-        return Entered(own.seat, Decision(own.seat, own.reason), others, shed)
+        return Entered(own.seat, own.reason, others, shed)
 
     # -- going
 
@@ -235,11 +234,12 @@ class Admission:
         if holding is None or not holding.prefill:
             return []
         tokens, holding.prefill = holding.prefill, 0
+        holding.over = 0.0
         seat = holding.seat
         seat.prefill -= tokens
         if self._seats.get(seat.replica.name) is not seat:
             return []
-        if self._rates[seat.replica.name].ended(tokens, seat.prefill, now):
+        if seat.rate.ended(tokens, seat.prefill, now):
             self._limit(seat)
         return self._serve(seat, now) if self._waiting else []
 
@@ -276,12 +276,10 @@ class Admission:
         away give up their share, and room that a waiter left unused by leaving is offered again. Call it every
         0.1 s or so; without it nothing is lost but pace."""
         self._forget_tenants(now)
-        while self._silent and self._silent[0][0] <= now:
-            _, order, waiter = heapq.heappop(self._silent)
-            holding = self._holdings.get(waiter)
-            if holding is not None and holding.prefill and holding.order == order:
+        for holding in self._holdings.values():
+            if holding.over and holding.over <= now:
                 holding.seat.prefill -= holding.prefill
-                holding.prefill = 0
+                holding.prefill, holding.over = 0, 0.0
         return self._serve_all(now)
 
     def expired(self, now: float) -> list[Any]:
@@ -329,13 +327,11 @@ class Admission:
         if replica.prefill_tokens:
             seat.prefill_limit = int(replica.prefill_tokens * share)
         else:  # what is measured is this gateway's own part already
-            seat.prefill_limit = int(self._rates[replica.name].rate * self._options.prefill_seconds)
+            seat.prefill_limit = int(seat.rate.rate * self._options.prefill_seconds)
         seat.ordinary_prefill = int(seat.prefill_limit * ordinary)
 
     def _someone_first(self, queue: ClassQueue, demand: Demand) -> bool:
         """Whether it must queue: no replica has room for it, or one has for which somebody else waits already."""
-        if not self._waiting:
-            return False
         rivals: Iterable[ClassQueue] = self._classes.values()
         if queue is self._emergency:
             if not queue.count:
@@ -343,7 +339,7 @@ class Admission:
             rivals = (queue,)
         elif len(self._waiting) == self._emergency.count and not self._emergency.waits_for(demand.model):
             return False
-        heavy, free = self._heavy(demand), False
+        heavy, free = self._is_heavy(demand), False
         for seat in self._seats.values():
             if not seat.lacks(demand, heavy):
                 if any(rival.count and rival.waits_for(model) for rival in rivals for model in seat.models):
@@ -352,67 +348,66 @@ class Admission:
         return not free
 
     def _may_fit(self, demand: Demand) -> bool:
-        heavy = self._heavy(demand)
+        heavy = self._is_heavy(demand)
         return any(not seat.lacks(demand, heavy) for seat in self._seats.values())
 
-    def _note_tenant(self, demand: Demand, now: float) -> None:
-        key = (demand.class_, demand.tenant)
-        tenant = self._tenants.get(key)
-        if tenant is None:
-            tenant = self._tenants[key] = _Tenant(demand.weight, now)
-            self._weights[demand.class_] += demand.weight
-            self._all_weights += demand.weight
-        tenant.seen = now
+    def _count_in(self, queue: ClassQueue, demand: Demand) -> Account:
+        """A tenant that asks again after a while, or for the first time, has a share from now on."""
+        account = queue.account(demand)
+        account.counted = demand.weight
+        self._counted[account] = queue
+        self._weights[demand.class_] += demand.weight
+        self._all_weights += demand.weight
+        return account
 
     def _forget_tenants(self, now: float) -> None:
         """Who has nothing here and did not ask for a while has no share: the others may use it."""
         before = now - self._options.active_seconds
-        for key, tenant in list(self._tenants.items()):
-            if not tenant.in_flight and tenant.seen < before and not self._classes[key[0]].waits(key[1]):
-                del self._tenants[key]
-                self._weights[key[0]] -= tenant.weight
-                self._all_weights -= tenant.weight
+        gone = [a for a in self._counted if a.seen < before and not (a.running or a.count)]
+        for account in gone:
+            queue = self._counted.pop(account)
+            self._weights[CLASSES[queue.rank]] -= account.counted
+            self._all_weights -= account.counted
+            account.counted = 0.0
 
-    def _heavy(self, demand: Demand) -> bool:
-        """Whether its tenant has its share of the slots already, and lately had it of the tokens too.
+    def _is_heavy(self, demand: Demand) -> bool:
+        queue = self._classes[demand.class_]
+        return self._heavy(queue, queue.accounts[demand.tenant])
+
+    def _heavy(self, queue: ClassQueue, account: Account) -> bool:
+        """Whether a tenant has its share of the slots already, and lately had it of the tokens too.
 
         Shares are among those who asked within `active_seconds` in this class or a more urgent one."""
-        tenant = self._tenants[demand.class_, demand.tenant]
-        # Among all classes' tenants its share is smallest: below that it is below any share.
-        if tenant.in_flight * self._all_weights < self._ordinary_slots * tenant.weight or demand.class_ == EMERGENCY:
+        if queue is self._emergency:
             return False
-        queue = self._classes[demand.class_]
         rivals = sum(self._weights[name] for name in CLASSES[1 : queue.rank + 1])
-        if rivals <= tenant.weight or tenant.in_flight < self._ordinary_slots * tenant.weight / rivals:
+        own = account.counted
+        if rivals <= own or account.running < self._ordinary_slots * own / rivals:
             return False
-        return not queue.in_credit(demand.tenant)
+        return not queue.in_credit(account)
 
-    def _take(self, demand: Demand, seat: Seat, now: float) -> None:
-        waiter = demand.waiter
+    def _take(self, demand: Demand, seat: Seat, account: Account, now: float) -> None:
+        waiter, tokens = demand.waiter, demand.prompt_tokens
         assert waiter not in self._holdings, "a waiter entered while it holds a slot"
-        self._arrivals += 1
-        self._holdings[waiter] = _Holding(demand, seat, demand.prompt_tokens, self._arrivals)
         if not seat.prefill:
-            self._rates[seat.replica.name].begun(now)
-        self._tenants[demand.class_, demand.tenant].in_flight += 1
+            seat.rate.begun(now)
         seat.in_flight += 1
         if seat.trial:
             seat.open = seat.trial = False
-        seat.kv += demand.prompt_tokens + demand.output_tokens
-        seat.prefill += demand.prompt_tokens
-        if not demand.streamed:
-            rate = self._rates[seat.replica.name].rate
-            heapq.heappush(self._silent, (now + 1.5 * seat.prefill / rate, self._arrivals, waiter))
+        seat.kv += tokens + demand.output_tokens
+        seat.prefill += tokens
+        over = 0.0 if demand.streamed else now + 1.5 * seat.prefill / seat.rate.rate
+        self._holdings[waiter] = _Holding(demand, seat, account, tokens, over)
 
     def _give_back(self, holding: _Holding, now: float) -> Seat:
-        seat, demand = holding.seat, holding.demand
-        self._tenants[demand.class_, demand.tenant].in_flight -= 1
-        self._classes[demand.class_].ended(demand.tenant)
+        seat, demand, prefill = holding.seat, holding.demand, holding.prefill
+        self._classes[demand.class_].ended(holding.account)
         seat.in_flight -= 1
         seat.kv -= demand.prompt_tokens + demand.output_tokens
-        seat.prefill -= holding.prefill
-        if holding.prefill and not seat.prefill and self._seats.get(seat.replica.name) is seat:
-            self._rates[seat.replica.name].ended(0, 0, now)
+        if prefill:
+            seat.prefill -= prefill
+            if not seat.prefill and self._seats.get(seat.replica.name) is seat:
+                seat.rate.ended(0, 0, now)
         return seat
 
     def _make_way(self, queue: ClassQueue, demand: Demand, now: float, jitter: float) -> tuple[Any, ...]:
@@ -480,9 +475,9 @@ class Admission:
             waiting = self._next(seat, now)
             if waiting is None:
                 break
-            self._classes[waiting.demand.class_].grant(waiting)
+            account = self._classes[waiting.demand.class_].grant(waiting)
             self._unlist(waiting)
-            self._take(waiting.demand, seat, now)
+            self._take(waiting.demand, seat, account, now)
             reason = "queued, home" if self.routing.prefers(waiting.demand, seat) else "queued, first room"
             grants.append(Grant(waiting.demand.waiter, seat, reason))
         return grants
@@ -495,7 +490,7 @@ class Admission:
             return None
         if seat.held_for is not None:
             held = self._waiting[seat.held_for]
-            return None if seat.lacks(held.demand, self._heavy(held.demand)) else held
+            return None if seat.lacks(held.demand, self._is_heavy(held.demand)) else held
         aged = self._aged(now)
         found = self._search(aged, seat, blocked, by_age=True) if aged is not None else None
         for queue in self._ordinary:
@@ -534,7 +529,7 @@ class Admission:
                 continue  # it has nothing to do with this replica, and does not count
             if looked >= LOOK_AHEAD or skipped >= LOOK_AHEAD:
                 break
-            if full_for_heavy and self._heavy(waiting.demand):
+            if full_for_heavy and self._is_heavy(waiting.demand):
                 skipped += 1
                 continue
             looked += 1

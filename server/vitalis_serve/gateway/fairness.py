@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
-from vitalis_serve.gateway.seats import Demand, Seat, cost
+from vitalis_serve.gateway.seats import OUTPUT_WEIGHT, Demand, Seat
 
 
 class Limits(Protocol):
@@ -54,13 +54,18 @@ class Waiting:
 class _Line:
     """A tenant's waiters for one model."""
 
-    account: "_Account"
+    account: "Account"
     key: tuple[float, int] = (0.0, 0)
     waiters: OrderedDict[Any, Waiting] = field(default_factory=OrderedDict)
 
 
 @dataclass(slots=True, eq=False)
-class _Account:
+class Account:
+    """A tenant in one class: what of it waits and runs, and what it was granted.
+
+    seen: when it last asked. counted: its weight among those who asked of late, 0 where it is not among them; both
+    are admission's to write."""
+
     number: int
     weight: float = 1.0
     tag: float = 0.0
@@ -68,6 +73,8 @@ class _Account:
     running: int = 0
     bytes: int = 0
     lines: dict[str, _Line] = field(default_factory=dict)
+    seen: float = 0.0
+    counted: float = 0.0
 
 
 class ClassQueue:
@@ -77,12 +84,13 @@ class ClassQueue:
         self.limits = limits
         self.bytes = 0
         self._by_arrival: OrderedDict[Any, Waiting] = OrderedDict()
-        self._accounts: dict[str, _Account] = {}
+        self.accounts: dict[str, Account] = {}
+        self._most_accounts = 1024
         self._lanes: dict[str, list[tuple[tuple[float, int], _Line]]] = {}
         self._virtual = 0.0
         self._active = 0.0  # weights of the tenants that wait or run
         self._numbers = 0
-        self._heaviest: list[tuple[float, int, _Account]] = []
+        self._heaviest: list[tuple[float, int, Account]] = []
         self._standing_since = 0.0
 
     @property
@@ -97,17 +105,13 @@ class ClassQueue:
     def waits_for(self, model: str) -> bool:
         return model in self._lanes
 
-    def waits(self, tenant: str) -> bool:
-        account = self._accounts.get(tenant)
-        return account is not None and account.count > 0
-
     # -- in and out
 
     def add(self, waiting: Waiting, now: float) -> None:
         demand = waiting.demand
         if not self._by_arrival:
             self._standing_since = now
-        account = self._account(demand)
+        account = self.account(demand)
         if not account.count:
             self._rouse(account, demand)
             account.tag = max(account.tag, self._virtual - max(self._burst, waiting.cost) / demand.weight)
@@ -125,7 +129,7 @@ class ClassQueue:
     def remove(self, waiting: Waiting) -> None:
         demand = waiting.demand
         del self._by_arrival[demand.waiter]
-        account = self._accounts[demand.tenant]
+        account = self.accounts[demand.tenant]
         line = account.lines[demand.model]
         del line.waiters[demand.waiter]
         if not line.waiters:
@@ -136,38 +140,42 @@ class ClassQueue:
         self.bytes -= demand.body_bytes
         self._rest(account)
 
-    def grant(self, waiting: Waiting) -> None:
-        """Charges its tenant and takes it out."""
-        account = self._accounts[waiting.demand.tenant]
+    def grant(self, waiting: Waiting) -> Account:
+        """Charges its tenant and takes it out; returns its account."""
+        account = self.accounts[waiting.demand.tenant]
         account.running += 1
         self._virtual += waiting.cost / self._active
         self.remove(waiting)
         charge = waiting.cost / account.weight
         self._move(account, charge)
         self._hold_virtual(account, charge)
+        return account
 
-    def grant_at_once(self, demand: Demand) -> None:
+    def grant_at_once(self, account: Account, demand: Demand) -> None:
         """Charges one that never waited. While nobody waits there is nothing to be fair about: no debts remain."""
-        account = self._account(demand)
-        charge = cost(demand.prompt_tokens, demand.output_tokens) / demand.weight
-        self._rouse(account, demand)
+        weight = demand.weight
+        charge = (demand.prompt_tokens + OUTPUT_WEIGHT * demand.output_tokens) / weight
+        if not account.running:
+            self._rouse(account, demand)
         account.running += 1
         if account.count:
             self._move(account, charge)
             return
-        account.tag = max(account.tag, self._virtual - max(self._burst / demand.weight, charge)) + charge
-        if not self._by_arrival and account.tag > self._virtual:
-            self._virtual = account.tag
+        burst = self._burst / weight
+        lifted = self._virtual - (burst if burst > charge else charge)
+        tag = account.tag = (account.tag if account.tag > lifted else lifted) + charge
+        if tag > self._virtual and not self._by_arrival:
+            self._virtual = tag
 
-    def ended(self, tenant: str) -> None:
+    def ended(self, account: Account) -> None:
         """One that was granted runs no more."""
-        account = self._accounts[tenant]
         account.running -= 1
-        self._rest(account)
+        if not account.running:
+            self._rest(account)
 
     def settle(self, tenant: str, difference: float) -> None:
         """`difference` of weighted tokens over the weight: above 0 where more was used than charged."""
-        account = self._accounts.get(tenant)
+        account = self.accounts.get(tenant)
         if account is None:
             return  # forgotten, because it owed nothing
         self._move(account, difference)
@@ -175,11 +183,8 @@ class ClassQueue:
             self._virtual += difference * account.weight / self._active
             self._hold_virtual(account, abs(difference))
 
-    def in_credit(self, tenant: str) -> bool:
+    def in_credit(self, account: Account) -> bool:
         """Whether it was granted less than its share of late, and less than somebody who waits."""
-        account = self._accounts.get(tenant)
-        if account is None:
-            return True
         most_served = max((lane[-1][0][0] for lane in self._lanes.values()), default=self._virtual)
         return account.tag < min(self._virtual, most_served)
 
@@ -217,8 +222,8 @@ class ClassQueue:
 
     def newest_of_heaviest(self, demand: Demand) -> Waiting | None:
         """Whom to shed so that this one gets in: None where its own tenant would then have the most."""
-        account = self._accounts.get(demand.tenant)
-        more = _Account(0, demand.weight, count=1, bytes=demand.body_bytes)
+        account = self.accounts.get(demand.tenant)
+        more = Account(0, demand.weight, count=1, bytes=demand.body_bytes)
         if account is not None:
             more.count += account.count
             more.bytes += account.bytes
@@ -238,21 +243,24 @@ class ClassQueue:
 
     # -- inside
 
-    def _account(self, demand: Demand) -> _Account:
-        account = self._accounts.get(demand.tenant)
+    def account(self, demand: Demand) -> Account:
+        """Its tenant's, opened where there is none."""
+        account = self.accounts.get(demand.tenant)
         if account is None:
-            if len(self._accounts) >= 1024 + 2 * self.count:
+            if len(self.accounts) >= self._most_accounts:
                 self._forget_the_even()
+                # Twice what could not be forgotten, or a crowd of new tenants would be sorted at each of them.
+                self._most_accounts = max(1024, 2 * len(self.accounts))
             self._numbers += 1
-            account = self._accounts[demand.tenant] = _Account(self._numbers, demand.weight)
+            account = self.accounts[demand.tenant] = Account(self._numbers, demand.weight)
         return account
 
-    def _rouse(self, account: _Account, demand: Demand) -> None:
+    def _rouse(self, account: Account, demand: Demand) -> None:
         if not account.count and not account.running:
             account.weight = demand.weight
             self._active += account.weight
 
-    def _rest(self, account: _Account) -> None:
+    def _rest(self, account: Account) -> None:
         if not account.count and not account.running:
             self._active -= account.weight
             if self._active < 1e-9:
@@ -260,29 +268,32 @@ class ClassQueue:
 
     def _forget_the_even(self) -> None:
         """Tenants that do not wait and owe nothing would be lifted anyway. Those that owe most stay."""
-        idle = sorted((a.tag, name) for name, a in self._accounts.items() if not a.count and not a.running)
+        idle = sorted(
+            (a.tag, name) for name, a in self.accounts.items() if not (a.count or a.running or a.counted)
+        )
         even = sum(tag <= self._virtual for tag, _ in idle)
         for _, name in idle[: max(len(idle) // 2, even)]:
-            del self._accounts[name]
+            del self.accounts[name]
 
-    def _load(self, account: _Account) -> float:
+    def _load(self, account: Account) -> float:
         """The larger of its shares of the queue's two bounds, over its weight."""
         limits = self.limits
         return max(account.count / max(limits.queue_requests, 1), account.bytes / max(limits.queue_bytes, 1)) / (
             account.weight
         )
 
-    def _note_load(self, account: _Account) -> None:
+    def _note_load(self, account: Account) -> None:
         if len(self._heaviest) > 64 + 4 * self.count:
-            waiting = {id(a): a for a in self._accounts.values() if a.count}.values()
+            waiting = {id(a): a for a in self.accounts.values() if a.count}.values()
             self._heaviest = [(-self._load(a), a.number, a) for a in waiting]
             heapq.heapify(self._heaviest)
         else:
             heapq.heappush(self._heaviest, (-self._load(account), account.number, account))
 
-    def _move(self, account: _Account, by: float) -> None:
+    def _move(self, account: Account, by: float) -> None:
         """A new tag, and its lines where they then belong."""
-        if not by:
+        if not account.lines:
+            account.tag += by
             return
         for model, line in account.lines.items():
             self._lift_out(model, line)
@@ -300,7 +311,7 @@ class ClassQueue:
         if not lane:
             del self._lanes[model]
 
-    def _hold_virtual(self, account: _Account, charge: float) -> None:
+    def _hold_virtual(self, account: Account, charge: float) -> None:
         """Near those who wait, or rounding and estimates would carry it off. Above the most served it may rise by
         what newcomers are placed below it: else they would come before that one for ever."""
         lanes = self._lanes.values()

@@ -60,7 +60,7 @@ class PrefillRate:
 
     What is not busy does not count, so an idle engine is not taken for a slow one."""
 
-    def __init__(self, initial: float) -> None:
+    def __init__(self, initial: float = 10_000) -> None:
         self.rate = initial
         self._busy_since = 0.0
         self._busy = 0.0

@@ -1,11 +1,12 @@
 """What a request asks for, and what one replica has room for. Pure: shared by routing and admission."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
 from vitalis_serve.fleet import Replica
+from vitalis_serve.gateway.pace import PrefillRate
 
 # Strict order: the first one is served before all others, and alone may use the reserved share.
 CLASSES: Final = ("emergency", "interactive", "standard", "batch")
@@ -56,6 +57,7 @@ class Seat:
     """
 
     replica: Replica
+    rate: PrefillRate = field(default_factory=PrefillRate)
     slots: int = 0
     ordinary_slots: int = 0
     common_slots: int = 0

@@ -124,8 +124,7 @@ class WorkerState:
         for relay in entered.shed:
             self.loop.call_soon(relay.on_shed)
         if entered.seat is not None:
-            assert entered.decision is not None
-            return entered.seat, entered.decision.reason
+            return entered.seat, entered.reason
         if not self._ticking:
             self._ticking = True
             self.loop.call_later(TICK_SECONDS, self._tick)
