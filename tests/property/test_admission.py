@@ -123,7 +123,7 @@ class Machine(RuleBasedStateMachine):
     def leave(self, data: st.DataObject, used: int) -> None:
         waiter = data.draw(st.sampled_from(sorted(self.held)))
         demand, _ = self.held.pop(waiter)
-        self.made.settle(demand.tenant, demand.class_, demand.prompt_tokens + 2 * demand.output_tokens, used)
+        self.made.settle(demand.tenant, demand.class_, used - demand.prompt_tokens - 2 * demand.output_tokens)
         self._granted(self.made.leave(waiter, self.now))
 
     @precondition(lambda self: self.held)

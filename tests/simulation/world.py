@@ -220,7 +220,7 @@ class World:
                     if request.estimate:
                         admission.settle(
                             request.tenant, request.class_,
-                            cost(request.prompt, request.estimate), cost(request.prompt, request.output),
+                            cost(request.prompt, request.output) - cost(request.prompt, request.estimate),
                         )  # fmt: skip
                     self._dispatch(admission.leave(request, self.now))
         self._step(engine)

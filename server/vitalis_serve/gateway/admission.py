@@ -267,9 +267,10 @@ class Admission:
         self._take_out(waiting)
         return True
 
-    def settle(self, tenant: str, class_: str, estimated: int, actual: int, weight: float = 1.0) -> None:
-        """Corrects what the fair queue charged, once usage is known. Both in weighted tokens (`seats.cost`)."""
-        self._classes[class_].settle(tenant, (actual - estimated) / weight)
+    def settle(self, tenant: str, class_: str, difference: int, weight: float = 1.0) -> None:
+        """Corrects what the fair queue charged, once usage is known: by weighted tokens (`seats.cost`), more than 0
+        where more were used than estimated."""
+        self._classes[class_].settle(tenant, difference / weight)
 
     def tick(self, now: float) -> list[Grant]:
         """What time alone brings. Prefill of answers that are not streamed is taken to be over, tenants that went

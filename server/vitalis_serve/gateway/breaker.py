@@ -85,6 +85,11 @@ class Breakers:
         self.openings = {name: self.openings.get(name, 0) for name in incarnations}
         return renewed
 
+    @property
+    def calm(self) -> bool:
+        """Whether no replica has any trouble, so that there is nothing to ask and to tell here."""
+        return not self._troubles
+
     def state(self, replica: str) -> State:
         trouble = self._troubles.get(replica)
         return State.CLOSED if trouble is None else trouble.state

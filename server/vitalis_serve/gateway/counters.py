@@ -53,6 +53,14 @@ class RouteCounts:
         self.request = Histogram()
         self.queue = Histogram()
 
+    def observe(self, request: float, first_byte: float, queued: float, *, stream: bool) -> None:
+        """A request that came to a good end, in seconds."""
+        self.request.observe(request)
+        self.first_byte.observe(first_byte)
+        if stream:
+            self.first_token.observe(first_byte)
+        self.queue.observe(queued)
+
     def count(self, usage: Usage) -> None:
         """A request's tokens; estimated ones apart, so that the others are what the engines counted."""
         if usage.prompt_estimated:

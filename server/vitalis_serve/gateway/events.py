@@ -97,7 +97,7 @@ def _judge_choices(document: dict[str, Any]) -> Verdict:
 
 def given_up(body: bytes, dialect: str) -> bool:
     """Whether a plain answer is one that the engine aborted, as a draining vLLM answers: 200, and no token in it."""
-    return (NO_TOKENS if dialect in ("responses", "messages") else ABORTED) in body
+    return body.rfind(NO_TOKENS if dialect in ("responses", "messages") else ABORTED) >= 0
 
 
 def notable(raw: bytes) -> bool:

@@ -162,8 +162,8 @@ class ClassQueue:
             self._move(account, charge)
             return
         burst = self._burst / weight
-        lifted = self._virtual - (burst if burst > charge else charge)
-        tag = account.tag = (account.tag if account.tag > lifted else lifted) + charge
+        lifted = self._virtual - max(burst, charge)
+        tag = account.tag = max(account.tag, lifted) + charge
         if tag > self._virtual and not self._by_arrival:
             self._virtual = tag
 
@@ -268,9 +268,7 @@ class ClassQueue:
 
     def _forget_the_even(self) -> None:
         """Tenants that do not wait and owe nothing would be lifted anyway. Those that owe most stay."""
-        idle = sorted(
-            (a.tag, name) for name, a in self.accounts.items() if not (a.count or a.running or a.counted)
-        )
+        idle = sorted((a.tag, name) for name, a in self.accounts.items() if not (a.count or a.running or a.counted))
         even = sum(tag <= self._virtual for tag, _ in idle)
         for _, name in idle[: max(len(idle) // 2, even)]:
             del self.accounts[name]

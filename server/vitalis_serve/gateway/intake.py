@@ -53,24 +53,26 @@ class Intake:
             raw = guidance.chat_body(self.question, guidance.route_for(keys.allowed(key)).name)
         dialect = "chat" if self.question is not None else api.dialect
         body = self.body = Body(raw, dialect, streams=api.streams)
-        route = keys.route(key, body.model)
-        self.key, self.route, self.class_ = key, route.name, route.class_for(key)
-        self.model, self.fallbacks = route.model, route.fallbacks
-        policy = keys.policies.get(route.name)
-        session = headers.get(SESSION, b"")
-        # As the client wrote it: behind a long preamble all conversations would look alike.
-        begins = prefix(body.fields, dialect) if choices or (policy is not None and policy.chooses) else b""
-        sharers = keys.sharers(key.tenant).encode()
-        self._affinity = affinity_key(sharers, begins) if choices else 0
-        self._session = affinity_key(sharers, session) if choices and session else 0
-        if policy is not None:
-            policy.apply(body.fields, dialect, generates=api.streams)
-            self.model = policy.model(key.tenant, session or begins) or route.model
-        if harmony_model and (words := harmony.breaks(body.fields, dialect)):
+        fields = body.fields
+        use = keys.use(key, body.model)
+        route, policy = use.route, use.policy
+        self.key, self.route, self.class_ = key, route.name, use.class_
+        self.model, self.fallbacks, self._salt = route.model, route.fallbacks, use.salt
+        self._affinity = self._session = 0
+        if choices or policy is not None:
+            session = headers.get(SESSION, b"")
+            # As the client wrote it: behind a long preamble all conversations would look alike.
+            begins = prefix(fields, dialect) if choices or (policy is not None and policy.chooses) else b""
+            if choices:
+                self._affinity = affinity_key(use.sharers, begins)
+                self._session = affinity_key(use.sharers, session) if session else 0
+            if policy is not None:
+                policy.apply(fields, dialect, generates=api.streams)
+                self.model = policy.model(key.tenant, session or begins) or route.model
+        if harmony_model and harmony.may_break(raw, fields) and (words := harmony.breaks(fields, dialect)):
             raise ServeError("unsupported_field", words)
-        self._salt = keys.salt(key.tenant)
-        self.max_tokens = _longest(body.fields, dialect)
-        self.answers = _answers(body.fields, dialect) if "n" in body.fields else 1
+        self.max_tokens = _longest(fields, LENGTHS.get(dialect, ()))
+        self.answers = _answers(fields, dialect) if "n" in fields else 1
 
     def encode(self, model: str) -> bytes:
         """The body as an engine is to get it, under its own name for the model."""
@@ -87,19 +89,20 @@ class Intake:
         excluded: frozenset[str] = frozenset(),
     ) -> Demand:
         """What it asks of an engine."""
-        return Demand(
-            waiter=waiter,
-            model=model,
-            tenant=self.key.tenant,
-            class_=self.class_,
-            prompt_tokens=body_bytes // 4,
-            output_tokens=output_tokens,
-            body_bytes=body_bytes,
-            affinity=self._affinity,
-            session=self._session,
-            deadline=deadline,
-            excluded=excluded,
-            streamed=self.body.stream,
+        return Demand(  # by position, at half the cost of names
+            waiter,
+            model,
+            self.key.tenant,
+            self.class_,
+            body_bytes // 4,
+            output_tokens,
+            body_bytes,
+            self._affinity,
+            self._session,
+            deadline,
+            excluded,
+            1.0,
+            self.body.stream,
         )
 
 
@@ -114,13 +117,12 @@ def _answers(fields: Mapping[str, msgspec.Raw], dialect: str) -> int:
         return 1
 
 
-def _longest(fields: Mapping[str, msgspec.Raw], dialect: str) -> int | None:
+def _longest(fields: Mapping[str, msgspec.Raw], names: tuple[str, ...]) -> int | None:
     """The longest answer that the request allows, in tokens; None where it does not say, or says nonsense."""
-    for name in LENGTHS.get(dialect, ()):
-        raw = fields.get(name)
-        if raw is not None:
+    for name in names:
+        if name in fields:
             try:
-                return max(1, _as_int(raw))
+                return max(1, _as_int(fields[name]))
             except msgspec.DecodeError:
                 return None
     return None

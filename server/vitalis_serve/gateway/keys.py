@@ -110,10 +110,23 @@ _DECODER: Final = msgspec.json.Decoder(Snapshot)
 _NEVER: Final = float("inf")
 
 
+class Use(msgspec.Struct, frozen=True):
+    """What one key gets on one route: looked up once for a snapshot, because a request needs all of it.
+
+    sharers: who shares a prefix cache with its tenant. salt: `cache_salt` of its requests, as JSON."""
+
+    key: Key
+    route: Route
+    class_: str
+    policy: RoutePolicy | None
+    sharers: bytes
+    salt: msgspec.Raw
+
+
 class KeyTable:
     """One snapshot, indexed. Build a new one for a new snapshot and replace it by assignment."""
 
-    __slots__ = ("_by_digest", "_cache_groups", "_cache_secret", "_salts", "policies", "routes", "version")
+    __slots__ = ("_by_digest", "_cache_groups", "_cache_secret", "_salts", "_uses", "policies", "routes", "version")
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.version = snapshot.version
@@ -123,6 +136,7 @@ class KeyTable:
         self._cache_groups = {t.name: t.cache_group for t in snapshot.tenants if t.cache_group}
         self._cache_secret = snapshot.cache_secret.encode() or os.urandom(32)
         self._salts: dict[str, msgspec.Raw] = {}
+        self._uses: dict[tuple[str, str], Use] = {}
 
     @staticmethod
     def decode(document: bytes) -> "KeyTable":
@@ -156,6 +170,21 @@ class KeyTable:
             known = ", ".join(r.name for r in self.allowed(key)) or "none"
             raise ServeError("route_not_allowed", f"This key may not use `{name}`. It may use: {known}.", param="model")
         return route
+
+    def use(self, key: Key, model: str) -> Use:
+        """As `route`, with all that the key gets there."""
+        found = self._uses.get((key.id, model))
+        if found is None or found.key is not key:  # one of an older snapshot may come late
+            route = self.route(key, model)
+            found = self._uses[key.id, model] = Use(
+                key,
+                route,
+                route.class_for(key),
+                self.policies.get(route.name),
+                self.sharers(key.tenant).encode(),
+                self.salt(key.tenant),
+            )
+        return found
 
     def sharers(self, tenant: str) -> str:
         """Who shares a prefix cache with a tenant: its group (no tenant's name has a colon), else itself alone."""

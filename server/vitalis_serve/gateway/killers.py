@@ -43,7 +43,7 @@ class Killers:
         self._notes: OrderedDict[tuple[str, int, bytes], tuple[int, float]] = OrderedDict()  # -> length, when
         self._dead: dict[str, int] = {}  # replica -> the last incarnation of which the death is known
         self._marks: OrderedDict[bytes, _Mark] = OrderedDict()  # by last death, oldest first
-        self._refused: Counter[int] = Counter()  # lengths of the bodies that are refused; never 0
+        self.refused: Counter[int] = Counter()  # lengths of the bodies that are refused, empty as a rule; never 0
         self.refusals = 0
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Killers:
         """Before admission, with the body as an engine would get it. ServeError invalid_request where it is known to
         have been running when two engines died: of all statuses this is the one that no client, and no gateway
         in front, tries again on other engines."""
-        if len(encoded) not in self._refused:
+        if len(encoded) not in self.refused:
             return
         mark = self._marks.get(digest(encoded))
         if mark is None or mark.deaths < DEATHS or mark.until <= now:
@@ -121,13 +121,13 @@ class Killers:
             self._forget(known)
         self._marks[known] = _Mark(deaths, engine, now + self._seconds, length)
         if deaths >= DEATHS:
-            self._refused[length] += 1
+            self.refused[length] += 1
         if len(self._marks) > self._entries:
             self._forget(next(iter(self._marks)))
 
     def _forget(self, known: bytes) -> None:
         mark = self._marks.pop(known)
         if mark.deaths >= DEATHS:
-            self._refused[mark.length] -= 1
-            if not self._refused[mark.length]:
-                del self._refused[mark.length]
+            self.refused[mark.length] -= 1
+            if not self.refused[mark.length]:
+                del self.refused[mark.length]

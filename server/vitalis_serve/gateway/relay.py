@@ -21,7 +21,7 @@ from vitalis_serve.gateway.breaker import SICK
 from vitalis_serve.gateway.intake import Intake
 from vitalis_serve.gateway.paths import Api
 from vitalis_serve.gateway.retries import LOOKS_DEAD, may_retry
-from vitalis_serve.gateway.seats import CLASSES, Demand, cost
+from vitalis_serve.gateway.seats import CLASSES, OUTPUT_WEIGHT, Demand
 from vitalis_serve.gateway.usage import Usage
 
 if TYPE_CHECKING:
@@ -201,7 +201,8 @@ class Relay:
         assert intake is not None
         self.model = model
         encoded = self._encoded = intake.encode(model)
-        state.killers.check(encoded, now)
+        if state.killers.refused:
+            state.killers.check(encoded, now)
         self._demand = intake.demand(
             self,
             model=model,
@@ -280,11 +281,15 @@ class Relay:
 
     def on_slot(self, seat: "Seat", reason: str) -> None:
         """Admission granted a slot."""
-        state, name = self._state, seat.replica.name
-        begun = state.breakers.begins(self, name, seat.replica.incarnation, state.now())
+        state, replica = self._state, seat.replica
+        name = replica.name
+        if state.breakers.calm and self.phase != DONE and not self.queued_at:
+            self._sit(seat, reason)
+            return
+        begun = state.breakers.begins(self, name, replica.incarnation, state.now())
         if self.phase == DONE:  # the client left between the grant and this call: the slot goes on to the next
             if begun.probe:
-                state.keep_away(name, state.breakers.ended(self, name, seat.replica.incarnation))
+                state.keep_away(name, state.breakers.ended(self, name, replica.incarnation))
             state.leave(self)
             return
         if self.queued_at:
@@ -298,9 +303,12 @@ class Relay:
         if begun.probe:
             self._probe = True
             state.keep_away(name, begun.keep_away)
-        self._reason = reason
-        self._seat = seat
-        self._replica, self._incarnation = name, seat.replica.incarnation
+        self._sit(seat, reason)
+
+    def _sit(self, seat: "Seat", reason: str) -> None:
+        replica = seat.replica
+        self._seat, self._reason = seat, reason
+        self._replica, self._incarnation = replica.name, replica.incarnation
         self._tries += 1
         self._send()
 
@@ -702,13 +710,13 @@ class Relay:
             return
         self._take_usage(body)
         self._told_all = True  # finished, whether or not it is of use to its caller
-        leak = harmony.leak(body) if self.dialect != "completions" else ""
-        if leak == "tool_name":
-            self._harmony_failed(leak)
-            return
-        if leak:
+        dialect = self.dialect
+        if body.rfind(b"|") >= 0 and dialect != "completions" and (leak := harmony.leak(body)):
+            if leak == "tool_name":
+                self._harmony_failed(leak)
+                return
             self._count_failure("harmony_content")
-        if self.dialect == "guidance":
+        if dialect == "guidance":
             try:
                 body = self._guidance(body)
             except ServeError as error:
@@ -795,7 +803,8 @@ class Relay:
     def _answered(self) -> None:
         """The engine answers, whatever it says."""
         state = self._state
-        state.keep_away(self._replica, state.breakers.answered(self, self._replica, self._incarnation))
+        if not state.breakers.calm:
+            state.keep_away(self._replica, state.breakers.answered(self, self._replica, self._incarnation))
 
     def _sick(self, now: float) -> None:
         state = self._state
@@ -854,6 +863,7 @@ class Relay:
         self._leave()
         self._state.give_back_body(self)
         self._account(outcome, code)
+        self._demand = None  # type: ignore[assignment]  # it names this: without the cycle both are freed at once
         self._state.counters.open_contexts -= 1
         self.client.on_relay_done(self)
 
@@ -861,26 +871,22 @@ class Relay:
         state = self._state
         counts = state.counters.routes[self.route]
         counts.ends[outcome, code] += 1
-        began = self.received_at
-        used = self._used(outcome)
+        began, now = self.received_at, state.now()
+        used = self._used(outcome, now)
         counts.count(used)
-        total = state.now() - began if began else 0.0
+        total = now - began if began else 0.0
         first = self.first_at - began if self.first_at else 0.0
-        if used.completion_tokens:
+        completion = used.completion_tokens
+        if completion:
             asked = self._demand
-            charged = cost(asked.prompt_tokens, asked.output_tokens)
-            spent = cost(used.prompt_tokens, used.completion_tokens)
-            state.admission.settle(asked.tenant, asked.class_, charged, spent, asked.weight)
+            difference = used.prompt_tokens - asked.prompt_tokens + OUTPUT_WEIGHT * (completion - asked.output_tokens)
+            state.admission.settle(asked.tenant, asked.class_, difference, asked.weight)
         if outcome == "ok":
-            if used.completion_tokens and not used.completion_estimated:
-                state.estimates.learn(self.route, asked.tenant, asked.output_tokens, used.completion_tokens)
+            if completion and not used.completion_estimated:
+                state.estimates.learn(self.route, asked.tenant, asked.output_tokens, completion)
             if self._digest:
                 state.killers.cleared(self._digest)
-            counts.request.observe(total)
-            counts.first_byte.observe(first)
-            if self.stream:
-                counts.first_token.observe(first)
-            counts.queue.observe(self.queued_seconds)
+            counts.observe(total, first, self.queued_seconds, stream=self.stream)
         if state.access.enabled:
             key = self.key
             state.access.add(
@@ -904,33 +910,33 @@ class Relay:
                     self.body_bytes,
                     self.bytes_out,
                     used.prompt_tokens,
-                    used.completion_tokens,
+                    completion,
                     used.cached_tokens,
                     used.reasoning_tokens,
                     used.estimated,
                 )
             )
 
-    def _used(self, outcome: str) -> Usage:
+    def _used(self, outcome: str, now: float) -> Usage:
         """As the engine counted; where it could not say, as is estimated. What finishes teaches what does not."""
         told, rates = self._told, self._state.rates[self.route]
         if told is not None and (self._told_all or (outcome == "ok" and not self.stream)):
             if outcome == "ok" and self._sent_at:
-                rates.learn(told, self._demand.body_bytes, self._state.now() - self._sent_at)
+                rates.learn(told, self._demand.body_bytes, now - self._sent_at)
                 if self.stream:
                     rates.learn_stream(self.dialect, self._events, told.completion_tokens, self._answers)
             return told
         if not self._sent_at or self.api is None or not self.api.streams:
             return Usage()
-        return self._estimated(rates)
+        return self._estimated(rates, now)
 
-    def _estimated(self, rates: usage.Rates) -> Usage:
+    def _estimated(self, rates: usage.Rates, now: float) -> Usage:
         told, asked, dialect = self._told, self._demand, self.dialect
         if told is None or dialect == "responses":  # which repeats the request, and whatever looks like usage
             told = Usage(rates.prompt(asked.body_bytes), prompt_estimated=True)
         told.completion_estimated = True
         if not self.stream:
-            told.completion_tokens = rates.after(self._state.now() - self._sent_at, asked.output_tokens)
+            told.completion_tokens = rates.after(now - self._sent_at, asked.output_tokens)
         elif self._events > 0 and not (told.completion_tokens and self._answers == 1):
             tokens = rates.generated(self._events)
             if self._state.options.harmony:

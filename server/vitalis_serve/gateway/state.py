@@ -39,7 +39,8 @@ class WorkerState:
     def __init__(self, options: WorkerOptions, loop: asyncio.AbstractEventLoop) -> None:
         self.options = options
         self.loop = loop
-        self.now: Callable[[], float] = loop.time
+        # The loop's own clock (the same one) stands still for a turn of the loop, to whole milliseconds.
+        self.now: Callable[[], float] = time.monotonic
         self.wall: Callable[[], float] = time.time
         self.counters = Counters()
         self.access = AccessLog(options.access_log_path)

@@ -11,7 +11,6 @@
 An abandoned one's prompt is estimated from its body's bytes, as the route's finished requests had them.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Final
 
@@ -63,13 +62,18 @@ class _Said(msgspec.Struct):
     cache_creation_input_tokens: _Count = None
 
 
+class _Common(msgspec.Struct):
+    """The same of chat and completions, which vLLM begins with the prompt's tokens: read at half the cost."""
+
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    completion_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+
+
 _decode = msgspec.json.Decoder(_Said).decode
-# vLLM's own order of fields, on plain and streamed chat and completions: one match instead of a parse.
-_COMMON: Final = re.compile(
-    rb'"usage":\{"prompt_tokens":(\d+),"total_tokens":\d+,"completion_tokens":(\d+)'
-    rb'(?:,"prompt_tokens_details":(?:null|\{"cached_tokens":(\d+)\}))?'
-    rb'(?:,"completion_tokens_details":(?:null|\{"reasoning_tokens":(\d+)\}))?\}'
-)
+_decode_common = msgspec.json.Decoder(_Common).decode
+_COMMON: Final = b'"prompt_tokens":'
 
 
 def of_answer(body: bytes) -> Usage | None:
@@ -111,26 +115,38 @@ def _at(payload: bytes, at: int, before: Usage | None) -> Usage | None:
     """The usage object that begins at `at`, None where there is none that is whole and says anything."""
     if at < 0:
         return None
-    if found := _COMMON.match(payload, at):
-        prompt, completion, cached, reasoning = found.groups()
-        return Usage(int(prompt), int(cached) if cached else 0, int(completion), int(reasoning) if reasoning else 0)
     begin = at + len(USAGE) - 1
-    text = payload[begin : begin + LONGEST]
+    most = begin + LONGEST
     # It holds numbers and small objects of numbers alone, so its braces can be counted.
-    end, depth = 0, 0
+    end, depth = begin, 0
     while True:
-        close = text.find(b"}", end)
+        close = payload.find(b"}", end, most)
         if close < 0:
             return None
-        depth += text.count(b"{", end, close) - 1
+        depth += payload.count(b"{", end, close) - 1
         end = close + 1
         if depth == 0:
             break
+    text = payload[begin:end]
     try:
-        said = _decode(text[:end])
+        if text.startswith(_COMMON, 1):
+            return _read_common(_decode_common(text))
+    except msgspec.DecodeError:
+        pass  # without a completion, perhaps
+    try:
+        return _read(_decode(text), before)
     except msgspec.DecodeError:  # also where a count is no number
         return None
-    return _read(said, before)
+
+
+def _read_common(said: _Common) -> Usage:
+    given, made = said.prompt_tokens_details, said.completion_tokens_details
+    return Usage(
+        said.prompt_tokens,
+        (given.cached_tokens or 0) if given is not None else 0,
+        said.completion_tokens,
+        (made.reasoning_tokens or 0) if made is not None else 0,
+    )
 
 
 def _read(said: _Said, before: Usage | None) -> Usage | None:

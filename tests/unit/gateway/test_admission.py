@@ -345,7 +345,7 @@ def test_who_has_waited_long_is_served_whatever_its_tenant_owes() -> None:
     made = admission(replica(), queue=200, seconds=1e9, ageing_seconds=10)
     entered(made, "a")
     queued(made, "old", tenant="debtor")
-    made.settle("debtor", "standard", 0, 1_000_000)
+    made.settle("debtor", "standard", 1_000_000)
     queued(made, *range(40), tenant="other")
     assert served(made, "a", 16, now=9.0) == list(range(16))
     assert "old" in served(made, 15, 8, now=11.0)
@@ -402,7 +402,7 @@ def test_tenants_that_are_ever_new_do_not_starve_one_with_debts() -> None:
     entered(made, "a", tenant="x")
     queued(made, "debtor 1", "debtor 2", tenant="debtor")
     assert served(made, "a", 1) == ["debtor 1"]
-    made.settle("debtor", "standard", 30, 330)
+    made.settle("debtor", "standard", 300)
     order: list[Any] = ["debtor 1"]
     queued(made, "new", tenant="new")
     for i in range(200):
@@ -424,9 +424,9 @@ def test_settling_corrects_what_was_charged() -> None:
         waiter = grant.waiter
         counts[waiter[0]] += 1
         if waiter[0] == "liar":
-            made.settle("liar", "standard", 30, 90)
+            made.settle("liar", "standard", 60)
     assert counts["honest"] == pytest.approx(3 * counts["liar"], abs=4)
-    made.settle("never seen", "standard", 30, 90)
+    made.settle("never seen", "standard", 60)
 
 
 def test_a_full_queue_sheds_the_newest_of_whoever_has_most() -> None:

@@ -158,5 +158,5 @@ def test_bounded_and_exact_whatever_happens(story: list[tuple[str, int, str, int
         assert len(killers) <= 8
     killers.expire(now + 101)
     assert len(killers) == 0
-    assert not killers._refused
+    assert not killers.refused
     assert not killers._notes
