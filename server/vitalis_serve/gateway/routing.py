@@ -106,18 +106,20 @@ class Rendezvous:
         self._by_session = name == "session"
         self._seats: tuple[Seat, ...] = ()
         self._orders: dict[int, tuple[Seat, ...]] = {}
+        self._at_home: dict[str, Decision] = {}  # by replica: what most requests are told
 
     def update(self, seats: Sequence[Seat]) -> None:
         if tuple(seats) != self._seats:
             self._seats = tuple(seats)
             self._orders.clear()
+            self._at_home = {seat.replica.name: Decision(seat, "home") for seat in seats}
 
     def choose(self, demand: Demand, heavy: bool = False) -> Decision | None:
-        bucket = self._key(demand) & _MASK
+        bucket = (demand.session if self._by_session and demand.session else demand.affinity) & _MASK
         order = self._orders.get(bucket) or self._order(bucket)
         for seat in order:
             if not seat.lacks(demand, heavy):
-                return Decision(seat, "home") if seat is order[0] else _diverted(order, seat, demand, heavy)
+                return self._at_home[seat.replica.name] if seat is order[0] else _diverted(order, seat, demand, heavy)
         return None
 
     def prefers(self, demand: Demand, seat: Seat) -> bool:
