@@ -173,8 +173,8 @@ def _watch_routes(control: Control) -> APIRouter:
 
     @routes.get("/v1/audit", tags=["audit"])
     async def audit(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        before: Annotated[int | None, Query(ge=1, description="Only rows with an id below this one.")] = None,
+        limit: schemas.RowCount = 100,
+        before: Annotated[schemas.RowId | None, Query(description="Only rows with an id below this one.")] = None,
     ) -> schemas.Acts:
         """Who changed what, newest first."""
         acts = await control.store.acts(limit, before)
@@ -326,11 +326,15 @@ async def _invalid(_request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         return error_response(ServeError("invalid_json", "the body is not JSON"))
     where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
-        message = f"{where}: there is no such field"
+    if where == "body":
+        reason = "send a JSON object, and with it `content-type: application/json`"
+    elif first["type"] == "missing":
+        reason = "this field is missing"
+    elif first["type"] == "extra_forbidden":
+        reason = "there is no such field"
     else:
-        message = f"{where}: {first['msg'].removeprefix('Value error, ')}"
-    return error_response(ServeError("invalid_request", message, param=where))
+        reason = first["msg"].removeprefix("Value error, ")
+    return error_response(ServeError("invalid_request", f"{where[:200]}: {reason}", param=where[:200]))
 
 
 async def _http_error(_request: Request, error: Exception) -> JSONResponse:
