@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from vitalis_serve.control.client import Client, NotRunning, Refused
+from vitalis_serve.control.connections import MAX_HEAD_BYTES, REQUEST_SECONDS
 from vitalis_serve.metrics import CONTROL_METRICS, TIME_BUCKETS, WORKER_METRICS
 from vitalis_serve.store.secrets import digest
 
@@ -465,10 +466,12 @@ def test_health_follows_fleet_and_workers(control: Control) -> None:
 
 
 class FleetSocket:
-    """The supervisor's command socket: answers each request with the lines it was made with."""
+    """The supervisor's command socket: answers each request with the lines it was made with, once it `may`."""
 
     def __init__(self, path: Path, *answers: dict[str, Any]) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.may = threading.Event()
+        self.may.set()
         self._answers = answers
         self._path = path
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -484,6 +487,7 @@ class FleetSocket:
                 return
             with connection, connection.makefile("rwb") as lines:
                 self.requests.append(json.loads(lines.readline()))
+                self.may.wait()
                 lines.writelines(json.dumps(answer).encode() + b"\n" for answer in self._answers)
 
     def close(self) -> None:
@@ -532,6 +536,60 @@ def test_refusal_of_the_supervisor_is_passed_on(control: Control) -> None:
         control.call("POST", "/v1/fleet/engine-9/drain")
     assert caught.value.status == 409
     fleet.close()
+
+
+# Connections
+
+
+def test_a_request_that_does_not_become_whole_is_closed_and_a_long_answer_is_not(control: Control) -> None:
+    """Nobody needs the token to open a connection, so none may be held by saying nothing more on it."""
+    begun = {
+        "nothing": b"",
+        "half a line": b"GET /heal",
+        "half a head": b"GET /healthz HTTP/1.1\r\nHost: x\r\n",
+        "an empty line after an answer": b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+        "half a body": b"POST /v1/keys HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+    }
+    fleet = FleetSocket(Path(control.options["supervisor_socket"]), {"done": True, "ok": True, "message": "drained"})
+    fleet.may.clear()
+    answers: list[Any] = []
+    patient = threading.Thread(target=lambda: answers.append(control.call("POST", "/v1/fleet/engine-0/drain")))
+    patient.start()
+    parts = urlsplit(control.address)
+    connections = {what: socket.create_connection((parts.hostname or "", parts.port or 0)) for what in begun}
+    for what, connection in connections.items():
+        connection.sendall(begun[what])
+    time.sleep(1)
+    connections["an empty line after an answer"].sendall(b"\r\n")
+    connections["half a body"].sendall(b'"')  # not the same as saying nothing at all
+    for what, connection in connections.items():
+        connection.settimeout(REQUEST_SECONDS + SECONDS)
+        with connection:
+            while connection.recv(4096):
+                assert what in ("an empty line after an answer", "half a body"), what
+    assert patient.is_alive()
+    fleet.may.set()
+    patient.join(SECONDS)
+    fleet.close()
+    assert answers == [{"message": "drained", "progress": []}]
+
+
+@pytest.mark.parametrize(
+    ("begun", "piece"), [(b"GET /", b"x"), (b"GET /healthz HTTP/1.1\r\nx: ", b"x"), (b"\r\n", b"\r\n")]
+)
+def test_a_head_without_end_is_closed_before_it_fills_the_memory(control: Control, begun: bytes, piece: bytes) -> None:
+    parts = urlsplit(control.address)
+    address = (parts.hostname or "", parts.port or 0)
+    with socket.create_connection(address, timeout=SECONDS) as connection, pytest.raises(ConnectionError):
+        trickle(connection, begun, piece * 4096, 16 * MAX_HEAD_BYTES)
+    assert raw(control, "GET", "/healthz")[0].status == 200
+
+
+def trickle(connection: socket.socket, begun: bytes, piece: bytes, limit: int) -> None:
+    connection.sendall(begun)
+    for _ in range(limit // len(piece)):
+        connection.sendall(piece)
+        time.sleep(0.001)
 
 
 # The process

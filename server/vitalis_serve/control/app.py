@@ -243,9 +243,11 @@ def _tenant_routes(control: Control) -> APIRouter:
 
 def _key_routes(control: Control) -> APIRouter:
     routes = APIRouter(prefix="/v1/keys", tags=["keys"])
-    known_routes = {route.name for route in control.options.routes} | {"*"}
 
     def routes_exist(body: schemas.NewKey) -> schemas.NewKey:
+        # Without routes of its own the gateway offers what the engines say that they serve.
+        known_routes = {route.name for route in control.options.routes} or {*control.supervision.fleet.models}
+        known_routes |= {"*"}
         for name in body.routes:
             if name not in known_routes:
                 raise ServeError(
