@@ -25,8 +25,9 @@ from vitalis_serve.engines.memory import GIB, Architecture, MemoryPlan, architec
 from vitalis_serve.engines.placement import Placement, check_heads, device_of, place
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.progress import ProgressLines
-from vitalis_serve.settings import Resolved, Settings, load, resolve
+from vitalis_serve.settings import Resolved, Settings, companion, load, resolve
 from vitalis_serve.settings.hardware import GpuModel
+from vitalis_serve.settings.overrides import overridden
 from vitalis_serve.settings.redaction import redact, redact_argv
 from vitalis_serve.settings.variables import setting_paths
 from vitalis_serve.supervise.folders import run_folder
@@ -68,13 +69,14 @@ def check_config(config: Config = None, inventory: InventoryFile = None, as_json
         for route in settings.routes
         if route.model != settings.model.name
     ]
+    notes += overridden(resolved)
     problem: ConfigurationError | None = None
     commands: list[EngineCommand] = []
     try:
         models.check_folder(settings.model)
         commands = _commands(settings, machine, python)
         if settings.engines.tensor_parallel > 1 and (architecture := _known_architecture(resolved)):
-            check_heads(settings.engines.tensor_parallel, architecture)
+            check_heads(settings, architecture)
     except ConfigurationError as error:
         problem = error
     if as_json:
@@ -237,7 +239,7 @@ def _source(settings: Settings) -> str:
 
 
 def _table(resolved: Resolved) -> Path:
-    return resolved.files[0].parent / "model-params.json"
+    return companion(resolved.files[0], "model-params.json")
 
 
 def _memory(settings: Settings, machine: Inventory, architecture: Architecture, placement: Placement) -> MemoryPlan:

@@ -94,6 +94,17 @@ def test_routes_to_other_models_are_noted(run, python):
     assert "note: route chat maps to smollm, which these engines do not serve (they serve smollm2-135m)" in done.stdout
 
 
+def test_a_file_elsewhere_is_checked_with_what_is_shipped(run, tmp_path):
+    (tmp_path / "my.yaml").write_text("engines:\n  slots: 7\n")
+    words = ("--config", str(tmp_path / "my.yaml"), "--inventory", str(INVENTORIES / "1xh200.json"))
+    done = run("check-config", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"note: engines.slots: 7 at {tmp_path}/my.yaml:2 is overridden by profile h200: 512 at " in done.stdout
+    done = run("plan", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "slots 512\nfits\n" in done.stdout
+
+
 @pytest.mark.parametrize("command", ["check-config", "plan", "doctor"])
 def test_a_mistyped_key_is_one_sentence_and_exit_2(run, tmp_path, command):
     (tmp_path / "bad.yaml").write_text("gateway:\n  prot: 1\n")
