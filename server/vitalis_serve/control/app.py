@@ -13,13 +13,13 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from fastapi import Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRouter
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from vitalis_serve import __version__
-from vitalis_serve.control import exposition, schemas
+from vitalis_serve.control import documents, exposition, schemas
 from vitalis_serve.control.access import Access
 from vitalis_serve.control.guard import Guard, error_response
 from vitalis_serve.control.options import ControlOptions
@@ -110,8 +110,14 @@ def create_app(control: Control, access: Access) -> FastAPI:
         title="vitalis-serve control",
         version=__version__,
         description="The admin plane: fleet, tenants, keys, health and metrics.",
+        docs_url=None,
         redoc_url=None,
     )
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(documents.page(app.openapi()), headers=documents.HEADERS)
+
     app.add_exception_handler(ServeError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
