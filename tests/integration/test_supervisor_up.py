@@ -156,18 +156,39 @@ def test_a_second_start_makes_no_second_key(ours):
     assert "The first key" not in first
 
 
-def test_on_a_terminal_the_key_is_shown_once_and_kept_nowhere(ours):
+def test_on_a_terminal_what_is_shown_works_when_pasted_and_the_key_is_kept_nowhere(ours):
+    """Into a second shell: the export line, README's smoke, the curl line and the Python snippet, all as they stand."""
     master, terminal = pty.openpty()
     ours.start("up", terminal=terminal)
     os.close(terminal)
-    shown = b""
-    while b"print(client" not in shown:
-        shown += os.read(master, 4096)
-    key = re.search(rb"\n +(vts_\w+)\r\n", shown)[1].decode()
-    assert f"Bearer {key}" in shown.decode()
+    shown = ""
+    while "print(client" not in shown:
+        shown += os.read(master, 4096).decode().replace("\r\n", "\n")
+    early, requests = shown.split("Ready. Try it:")
+    export = re.search(r"^ *(export VITALIS_KEY=vts_\w+)$", early, re.MULTILINE)[1]
+    key = export.partition("=")[2]
     assert not (ours.var / "first-key").exists()
     assert key not in ours.said()
-    assert ours.ask("smoke", "--key", key).returncode == 0
+    assert requests.count(key) == 1
+    readme = (ROOT / "README.md").read_text().partition("A second shell")[2]
+    smoke = next(line.strip() for line in readme.splitlines() if "vitalis-serve smoke" in line)
+    assert "`export VITALIS_KEY=...`" in readme.partition(smoke)[0]
+    smoke = smoke.replace(".venv/bin/vitalis-serve", shlex.join(COMMAND))
+
+    def paste(*lines: str) -> "subprocess.CompletedProcess[str]":
+        environment = {**ENVIRONMENT, "VITALIS_CONFIG": str(ours.folder / "c.yaml")}
+        typed = "".join(f"{line}\n" for line in lines)
+        return subprocess.run(["bash"], input=typed, env=environment, capture_output=True, text=True, timeout=60)
+
+    smoked = paste(export, smoke)
+    assert smoked.returncode == 0, smoked.stderr
+    assert smoked.stdout.count(" ok ") == 2
+    assert "paste the line `export VITALIS_KEY=...`" in paste(smoke).stderr
+    in_shell, _, in_python = requests.partition("\n\nor, with `pip install openai`, in Python:\n\n")
+    assert json.loads(paste(in_shell).stdout)["choices"][0]["message"]["content"]
+    asked = paste(export, f"{sys.executable} - <<'END'", in_python, "END")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.strip()
     ours.stop()
     os.close(master)
     kept = [path for path in ours.var.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]

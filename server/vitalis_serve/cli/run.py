@@ -112,7 +112,8 @@ def _key(settings: Settings, given: str | None) -> str:
         return path.read_text().strip()
     except OSError as exc:
         raise ConfigurationError(
-            f"no key: give --key or VITALIS_KEY (there is no {path}; `vitalis-serve keys create` makes one)"
+            "no key: paste the line `export VITALIS_KEY=...` that the first start has shown, or give --key (there is "
+            f"no {path}; `vitalis-serve keys create --tenant default` makes another key)"
         ) from exc
 
 
