@@ -11,7 +11,6 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from vitalis_serve.errors import StartError
-from vitalis_serve.settings import Settings
 
 FIRST_KEY = "first-key"
 QUESTION = "What is the capital of France?"
@@ -20,10 +19,7 @@ QUESTION = "What is the capital of France?"
 class Welcome:
     """Talks to control once; `screen` is where people read (standard output)."""
 
-    def __init__(
-        self, settings: Settings, data_folder: Path, control_address: Path, screen: TextIO | None = None
-    ) -> None:
-        self._model = settings.routes[0].name if settings.routes else settings.model.name
+    def __init__(self, data_folder: Path, control_address: Path, screen: TextIO | None = None) -> None:
         self._data_folder = data_folder
         self._control_address = control_address
         self._screen = sys.stdout if screen is None else screen
@@ -55,16 +51,16 @@ class Welcome:
             raise StartError(f"the first key could not be written to {path}: {exc.strerror}.") from exc
         self._say(f"The first key, of tenant default, is in {path} (readable by this user only).")
 
-    def show_requests(self, host: str, port: int) -> None:
+    def show_requests(self, host: str, port: int, model: str) -> None:
         """A curl line and a Python snippet for the gateway at `host`:`port`, and before them what gives a new shell the
         key, where it was just made and is in no file."""
         reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         url = f"http://{reachable}:{port}/v1"
         in_shell, in_python = self._key_as_words()
         messages = [{"role": "user", "content": QUESTION}]
-        body = json.dumps({"model": self._model, "messages": messages, "temperature": 0})
+        body = json.dumps({"model": model, "messages": messages, "temperature": 0})
         bearer, kind = f"Authorization: Bearer {in_shell}", "Content-Type: application/json"
-        chat = f'model="{self._model}", messages=[{{"role": "user", "content": "{QUESTION}"}}], temperature=0'
+        chat = f'model="{model}", messages=[{{"role": "user", "content": "{QUESTION}"}}], temperature=0'
         known = f"{self._export()}\n" if self._key else ""
         self._say(
             f"""

@@ -75,6 +75,7 @@ class WorkerState:
             if pools.get(name) is not pool:
                 pool.retire()
         self._pools, self.fleet = pools, fleet
+        self.keys = self.keys.offering(fleet.models)
         self.dispatch(self.admission.update(fleet))
         for relay in self.admission.stranded():
             relay.on_stranded()
