@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_gateway_trouble import BEFORE, LATER, MIDDLE
-from tests.soak.site import ENGINES, Clients, Site, judge, open_files, site
+from tests.soak.clients import Clients, judge
+from tests.soak.site import ENGINES, Site, open_files, site
 from tests.support import client, engines, gateway
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "600"))
