@@ -146,6 +146,27 @@ def test_a_refused_second_start_changes_nothing_of_the_first(ours):
     assert {path: path.read_bytes() for path in (ours.var / "run").glob("*.json")} == files
 
 
+def test_doctor_knows_the_ports_of_its_own_installation(ours):
+    """While it runs they are in use as they should be; another's are not."""
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        ports = [each.getsockname()[1] for each in (first, second)]
+    document = json.loads((ours.folder / "c.yaml").read_text())
+    document["gateway"]["port"], document["control"]["port"] = ports
+    (ours.folder / "c.yaml").write_text(json.dumps(document))
+    ours.start("up")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    found = {finding["what"]: finding for finding in json.loads(ours.ask("doctor", "--json").stdout)}
+    for what, port in zip(("gateway port", "control port"), ports, strict=True):
+        assert found[what]["state"] == "ok", found[what]
+        assert found[what]["detail"] == f"127.0.0.1:{port} is in use by this installation (running)"
+    document["data_folder"] = str(ours.folder / "another")
+    (ours.folder / "c.yaml").write_text(json.dumps(document))
+    done = ours.ask("doctor", "--json")
+    assert done.returncode == 1
+    states = {finding["what"]: finding["state"] for finding in json.loads(done.stdout)}
+    assert (states["gateway port"], states["control port"]) == ("failed", "failed")
+
+
 def test_a_second_start_makes_no_second_key(ours):
     for _ in range(2):
         ours.start("up")

@@ -1,6 +1,7 @@
 """`vitalis-serve check-config|plan|doctor|model`: what is configured, what fits, whether this machine is ready."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -30,6 +31,7 @@ from vitalis_serve.settings.hardware import GpuModel
 from vitalis_serve.settings.overrides import overridden
 from vitalis_serve.settings.redaction import redact, redact_argv
 from vitalis_serve.settings.variables import setting_paths
+from vitalis_serve.supervise.commands import NotRunning, request
 from vitalis_serve.supervise.folders import run_folder
 
 CONFIG_HELP = "The configuration file; default: $VITALIS_CONFIG, else config/gpt-oss.yaml."
@@ -295,8 +297,9 @@ def _examine(settings: Settings, machine: Inventory) -> Iterator[Finding]:
     yield _disk("cache disk", cache_folder(os.environ), 1 if _model_is_here(settings) else _needed_gb(settings))
     yield _gpus(settings, machine)
     yield _engine_environment(settings)
-    yield _port("gateway port", settings.gateway.host, settings.gateway.port)
-    yield _port("control port", settings.control.host, settings.control.port)
+    ours = _running(settings)
+    yield _port("gateway port", settings.gateway.host, settings.gateway.port, ours.get("gateway"))
+    yield _port("control port", settings.control.host, settings.control.port, ours.get("control"))
     yield _writable(settings.data_folder)
 
 
@@ -343,7 +346,17 @@ def _engine_environment(settings: Settings) -> Finding:
         return Finding("engine environment", "failed", str(error))
 
 
-def _port(what: str, host: str, port: int) -> Finding:
+def _running(settings: Settings) -> dict[str, Any]:
+    """What the supervisor of this data folder says of itself; empty where none runs."""
+    try:
+        *_, status = request(run_folder(settings.data_folder) / "supervisor.sock", {"command": "status"}, seconds=5)
+    except NotRunning:
+        return {}
+    return status
+
+
+def _port(what: str, host: str, port: int, ours: Mapping[str, Any] | None) -> Finding:
+    """`ours`: where the running installation listens for it, if there is one."""
     if port == 0:
         return Finding(what, "ok", f"{host}, any free port")
     try:
@@ -354,6 +367,8 @@ def _port(what: str, host: str, port: int) -> Finding:
             # Binding alone succeeds beside another listener's SO_REUSEADDR; listening does not.
             trial.listen(1)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and ours is not None and ours.get("port") == port:
+            return Finding(what, "ok", f"{host}:{port} is in use by this installation (running)")
         return Finding(
             what, "failed", f"{host}:{port} cannot be used ({error.strerror}): stop what uses it, or change it"
         )

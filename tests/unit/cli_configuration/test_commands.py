@@ -142,6 +142,16 @@ def test_a_plan_can_be_planned_again(run, tmp_path):
     assert run("plan", "--json", "--inventory", str(tmp_path / "saved.json")).stdout == first
 
 
+@pytest.mark.parametrize("profile", ["h200", "h100", "a100", "l40s", "rtx-24gb", "rtx-16gb"])
+def test_a_gpu_s_profile_without_a_gpu_does_not_fit(run, tmp_path, profile):
+    (tmp_path / "none.json").write_text('{"cores": [[0], [1]], "memory_bytes": 25000000000, "gpus": [], "links": []}')
+    done = run("plan", "--inventory", str(tmp_path / "none.json"), VITALIS_PROFILE=profile)
+    assert done.returncode == 1
+    assert "does not fit: engines.device is cuda but no GPU was found; " in done.stdout
+    assert "CPU" not in done.stdout
+    assert "\nfits" not in done.stdout
+
+
 def test_plan_says_what_does_not_fit(run):
     done = run(
         "plan", "--inventory", str(INVENTORIES / "2xrtx.json"), VITALIS_PROFILE="h200",

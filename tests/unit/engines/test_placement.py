@@ -94,8 +94,10 @@ def test_the_model_is_named_as_configured(configured, shapes):
 def test_no_gpu_where_one_is_asked_for(configured, machine):
     with pytest.raises(ConfigurationError, match="no GPU was found"):
         place(configured("h100", ENGINES_DEVICE="cuda"), Inventory())
-    assert device_of(configured("h100"), Inventory()) == "cpu"
-    assert device_of(configured("h100"), machine("1xh200")) == "cuda"
+    with pytest.raises(ConfigurationError, match="no GPU was found"):
+        place(configured("h100"), Inventory())
+    assert device_of(configured("h100", ENGINES_DEVICE="auto"), Inventory()) == "cpu"
+    assert device_of(configured("h100", ENGINES_DEVICE="auto"), machine("1xh200")) == "cuda"
 
 
 @pytest.mark.parametrize(
