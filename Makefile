@@ -38,9 +38,11 @@ test-fast:  ## the tests that start no real engine
 test-vllm:  ## the tests against the real vLLM on this machine's CPU
 	@$(DEV); $(ENGINE); exec $(IN)/pytest -m vllm tests/vllm $(ARGS)
 
-soak:  ## the long tests: minutes to hours
-	@$(DEV); $(ENGINE); $(IN)/pytest -m soak $(ARGS); \
-	exec $(IN)/pytest tests/property --hypothesis-profile=soak --timeout=1800
+soak:  ## the long tests: SOAK_SECONDS of load (600), then ten minutes of more examples
+	@$(DEV); status=0; \
+	$(IN)/pytest -m soak -s tests/soak $(ARGS) || status=1; \
+	$(IN)/pytest tests/property --hypothesis-profile=soak --timeout=1800 || status=1; \
+	exit $$status
 
 bench:  ## the gateway's cost per request and event, measured on this machine
 	@$(DEV); exec $(IN)/python tests/bench/overhead.py $(ARGS)

@@ -31,7 +31,8 @@ class Replica:
     """One engine as the fleet counts it.
 
     address: "unix:/path/to.sock" or "http://host:port". models: the names this engine answers to, the first
-    one being the base model. slots: most requests the gateway keeps in flight there, over all workers.
+    one being the base model; () while one that is asked for them has not said yet. slots: most requests the gateway
+    keeps in flight there, over all workers.
     incarnation: how often it was started; a change means that nothing known about the old process holds.
     kv_tokens: how many tokens its KV cache holds, 0 where that is not known (and then not a limit).
     prefill_tokens: most prompt tokens without a first token yet, 0 to derive it from the measured prefill rate.
@@ -54,6 +55,11 @@ class Fleet:
 
     version: int = 0
     replicas: tuple[Replica, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that a replica holds, or held when it was last heard of; each once."""
+        return tuple(dict.fromkeys(model for replica in self.replicas for model in replica.models))
 
     def to_json(self) -> dict[str, Any]:
         """A plain mapping; `Fleet.from_json` of it gives an equal fleet."""

@@ -44,7 +44,7 @@ from vitalis_serve.supervise.attendant import AttendantSpec
 from vitalis_serve.supervise.child import keep
 from vitalis_serve.supervise.lifecycle import Policy
 from vitalis_serve.supervise.output import Output
-from vitalis_serve.supervise.replica import ReplicaSpec, Sight
+from vitalis_serve.supervise.replica import Listing, ReplicaSpec, Sight
 from vitalis_serve.supervise.supervisor import Supervisor, SupervisorOptions
 from vitalis_serve.welcome import Welcome
 
@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 
 OWN_IDLE_SECONDS = 60.0  # our engines keep idle connections for far longer
 FOREIGN_IDLE_SECONDS = 4.0  # vLLM by default closes them after 5 s
-LISTING_SECONDS = 3.0
 DEFAULT_MEMORY_SHARE = 0.92  # vLLM's own gpu_memory_utilization
 
 
@@ -83,7 +82,7 @@ def up(settings: Settings) -> int:
 
     async def run() -> None:
         supervisor = Supervisor(supervisor_options, relay=_relay())
-        welcome = Welcome(settings, place_.data, place_.control_address)
+        welcome = Welcome(place_.data, place_.control_address)
 
         async def companion() -> None:
             async with asyncio.TaskGroup() as group:
@@ -92,7 +91,7 @@ def up(settings: Settings) -> int:
                 supervisor.open_fleet(functools.partial(_replica, settings, inventory, python, folder, place_))
                 await supervisor.replicas.until(_any_ready)
                 await greeting
-            welcome.show_requests(supervisor.host, supervisor.port)
+            _show_requests(settings, supervisor, welcome)
 
         await supervisor.run(companion)
 
@@ -102,14 +101,17 @@ def up(settings: Settings) -> int:
 
 def gateway(settings: Settings, engines: Sequence[str], model: str | None = None) -> int:
     """Control and workers in front of engines that somebody else runs, at `engines` (http://host:port or
-    unix:PATH). `model` is what they serve; if it is not given they are asked."""
+    unix:PATH). `model` is what they serve; if it is not given they are asked, for as long as this runs."""
     addresses = [_address(text) for text in engines]
     if not addresses:
         raise ConfigurationError("give at least one --engine, for example --engine http://127.0.0.1:8000")
     for address in addresses:
         if addresses.count(address) > 1:
             raise ConfigurationError(f"--engine {address} is given more than once: name each engine once")
-    settings = _serving(settings, (model,) if model else asyncio.run(_listed(addresses)))
+    if model is not None and not probe.MODEL_NAME.fullmatch(model):
+        raise ConfigurationError(f"--model {model!r} is no model's name: give it as the engine's /v1/models lists it")
+    settings = _before_engines(settings, model)
+    models = (model,) if model else ()
     place_ = _prepare(settings)
     supervisor_options = _supervisor_options(
         settings, place_, replicas=len(addresses), upstream_idle_seconds=FOREIGN_IDLE_SECONDS
@@ -117,13 +119,13 @@ def gateway(settings: Settings, engines: Sequence[str], model: str | None = None
 
     async def run() -> None:
         supervisor = Supervisor(supervisor_options, relay=_relay())
-        welcome = Welcome(settings, place_.data, place_.control_address)
+        welcome = Welcome(place_.data, place_.control_address)
 
         async def companion() -> None:
-            supervisor.open_fleet(functools.partial(_external, settings, addresses))
+            supervisor.open_fleet(functools.partial(_external, settings, addresses, models))
             await _greet(supervisor, welcome)
             await supervisor.replicas.until(_any_ready)
-            welcome.show_requests(supervisor.host, supervisor.port)
+            _show_requests(settings, supervisor, welcome)
 
         await supervisor.run(companion)
 
@@ -165,24 +167,21 @@ def engine(settings: Settings) -> int:
 # What there is to run
 
 
-async def _listed(addresses: Sequence[str]) -> tuple[str, ...]:
-    """The models of the first engine that lists any; () where none answers yet."""
-    deadline = asyncio.get_running_loop().time() + LISTING_SECONDS
-    for names in await asyncio.gather(*(probe.models(address, deadline) for address in addresses)):
-        if names:
-            return names
-    return ()
-
-
-def _serving(settings: Settings, names: Sequence[str]) -> Settings:
-    """`settings` with the model that external engines serve; routes that were configured stay as they are."""
-    if not names:
-        return settings
+def _before_engines(settings: Settings, model: str | None) -> Settings:
+    """`settings` for engines that somebody else runs. `model` is in the place of model.name, also behind the routes;
+    without it there are the configured routes, or () for those that the engines will name."""
+    name = settings.model.name
+    configured = settings.routes != (Route(name=name, model=name),)  # the one that loading fills in
+    if model is None:
+        return settings if configured else settings.model_copy(update={"routes": ()})
+    if configured:
+        routes = tuple(r.model_copy(update={"model": model}) if r.model == name else r for r in settings.routes)
+    else:
+        routes = (Route.model_construct(name=model, model=model),)  # engines name models as they like
     unknown = dict.fromkeys(SOURCES)
-    chosen: dict[str, Any] = {"model": settings.model.model_copy(update=unknown | {"name": names[0]})}
-    if all(route.name == settings.model.name for route in settings.routes):  # the one that loading fills in
-        chosen["routes"] = tuple(Route(name=name, model=name) for name in names)
-    return settings.model_copy(update=chosen)
+    return settings.model_copy(
+        update={"model": settings.model.model_copy(update=unknown | {"name": model}), "routes": routes},
+    )
 
 
 def _prepare(settings: Settings) -> Place:
@@ -272,7 +271,10 @@ def _worker_options(settings: Settings, place_: Place, index: int, upstream_idle
 
 
 def _speaks_harmony(settings: Settings) -> bool:
-    """Whether gpt-oss is behind this gateway. Of engines that somebody else runs only the names are known."""
+    """Whether gpt-oss is behind this gateway. Of engines that somebody else runs only the names are known, and where
+    they are asked for those, the workers see (`WorkerState.take_fleet`)."""
+    if not settings.routes:
+        return False
     model = settings.model
     names = (model.hub, model.folder, model.build, model.name, *(route.model for route in settings.routes))
     return any("gpt-oss" in str(name).lower() for name in names)
@@ -325,10 +327,13 @@ class EngineProber:
     """`supervise.replica.Prober` by way of `engines.probe`."""
 
     address: str
-    model: str
 
-    async def answers(self, deadline: float) -> str:
-        result = await probe.answers(self.address, self.model, deadline)
+    async def models(self, deadline: float) -> Listing:
+        said = await probe.models(self.address, deadline)
+        return Listing(said.names, said.reason)
+
+    async def answers(self, model: str, deadline: float) -> str:
+        result = await probe.answers(self.address, model, deadline)
         return "" if result.ready else result.reason
 
     async def look(self, deadline: float) -> Sight:
@@ -373,7 +378,7 @@ def _replica(
         command.address,
         (settings.model.name,),
         settings.engines.slots,
-        EngineProber(command.address, settings.model.name),
+        EngineProber(command.address),
         _policy(settings, owned=True),
         probe_seconds=settings.engines.probe_seconds,
         argv=command.argv,
@@ -390,15 +395,15 @@ async def _clear(settings: Settings, placement: Placement) -> None:
         logger.warning("GPU memory is still taken by somebody else; starting all the same")
 
 
-def _external(settings: Settings, addresses: Sequence[str], index: int) -> ReplicaSpec:
+def _external(settings: Settings, addresses: Sequence[str], models: tuple[str, ...], index: int) -> ReplicaSpec:
     if index >= len(addresses):
         raise ConfigurationError("the engines of this gateway were given by address; there are no more")
     return ReplicaSpec(
         f"engine-{index}",
         addresses[index],
-        (settings.model.name,),
+        models,
         settings.engines.slots,
-        EngineProber(addresses[index], settings.model.name),
+        EngineProber(addresses[index]),
         _policy(settings, owned=False),
         probe_seconds=settings.engines.probe_seconds,
     )
@@ -468,6 +473,11 @@ async def _greet(supervisor: Supervisor, welcome: Welcome) -> None:
     assert supervisor.control is not None
     await supervisor.control.ready.wait()
     await asyncio.to_thread(welcome.first_key)
+
+
+def _show_requests(settings: Settings, supervisor: Supervisor, welcome: Welcome) -> None:
+    names = [route.name for route in settings.routes] or supervisor.fleet.models
+    welcome.show_requests(supervisor.host, supervisor.port, names[0])
 
 
 async def _prepare_model(settings: Settings, place_: Place) -> Path:

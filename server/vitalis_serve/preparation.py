@@ -36,7 +36,7 @@ def _ensure(settings: Settings) -> Path:
         _show(f"options of the engines are not checked: {unasked}")
     folder = models.ensure(settings.model, cache, python, _show)
     if settings.engines.tensor_parallel > 1:  # one engine a GPU runs whatever vLLM understands, described or not
-        check_heads(settings.engines.tensor_parallel, architecture_of(folder))
+        check_heads(settings, architecture_of(folder))
     return folder
 
 

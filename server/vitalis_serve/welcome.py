@@ -11,7 +11,6 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from vitalis_serve.errors import StartError
-from vitalis_serve.settings import Settings
 
 FIRST_KEY = "first-key"
 QUESTION = "What is the capital of France?"
@@ -20,10 +19,7 @@ QUESTION = "What is the capital of France?"
 class Welcome:
     """Talks to control once; `screen` is where people read (standard output)."""
 
-    def __init__(
-        self, settings: Settings, data_folder: Path, control_address: Path, screen: TextIO | None = None
-    ) -> None:
-        self._model = settings.routes[0].name if settings.routes else settings.model.name
+    def __init__(self, data_folder: Path, control_address: Path, screen: TextIO | None = None) -> None:
         self._data_folder = data_folder
         self._control_address = control_address
         self._screen = sys.stdout if screen is None else screen
@@ -41,7 +37,10 @@ class Welcome:
         made = self._ask("POST", "/v1/keys", {"tenant": "default", "name": "first"})
         if self._screen.isatty():
             self._key = made["key"]
-            self._say(f"\nThe first key, of tenant default; it is not shown again:\n\n    {self._key}\n")
+            self._say(
+                "\nThe first key, of tenant default, kept nowhere else; this line gives it to another shell:\n\n"
+                f"    {self._export()}\n"
+            )
             return
         path = self._data_folder / FIRST_KEY
         try:
@@ -52,20 +51,22 @@ class Welcome:
             raise StartError(f"the first key could not be written to {path}: {exc.strerror}.") from exc
         self._say(f"The first key, of tenant default, is in {path} (readable by this user only).")
 
-    def show_requests(self, host: str, port: int) -> None:
-        """A curl line and a Python snippet for the gateway at `host`:`port`."""
+    def show_requests(self, host: str, port: int, model: str) -> None:
+        """A curl line and a Python snippet for the gateway at `host`:`port`, and before them what gives a new shell the
+        key, where it was just made and is in no file."""
         reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         url = f"http://{reachable}:{port}/v1"
         in_shell, in_python = self._key_as_words()
         messages = [{"role": "user", "content": QUESTION}]
-        body = json.dumps({"model": self._model, "messages": messages, "temperature": 0})
+        body = json.dumps({"model": model, "messages": messages, "temperature": 0})
         bearer, kind = f"Authorization: Bearer {in_shell}", "Content-Type: application/json"
-        chat = f'model="{self._model}", messages=[{{"role": "user", "content": "{QUESTION}"}}], temperature=0'
+        chat = f'model="{model}", messages=[{{"role": "user", "content": "{QUESTION}"}}], temperature=0'
+        known = f"{self._export()}\n" if self._key else ""
         self._say(
             f"""
 Ready. Try it:
 
-curl -s {url}/chat/completions -H "{bearer}" -H "{kind}" -d {shlex.quote(body)}
+{known}curl -s {url}/chat/completions -H "{bearer}" -H "{kind}" -d {shlex.quote(body)}
 
 or, with `pip install openai`, in Python:
 
@@ -77,13 +78,14 @@ print(client.chat.completions.create({chat}).choices[0].message.content)
         )
 
     def _key_as_words(self) -> tuple[str, str]:
-        """The key as a shell and as Python take it: itself only where it was just shown on this terminal."""
+        """The key as a shell and as Python find it."""
         path = self._data_folder / FIRST_KEY
-        if self._key:
-            return self._key, json.dumps(self._key)
-        if path.exists():
+        if path.exists() and not self._key:
             return f"$(cat {shlex.quote(str(path))})", f"open({json.dumps(str(path))}).read().strip()"
         return "$VITALIS_KEY", 'os.environ["VITALIS_KEY"]'
+
+    def _export(self) -> str:
+        return f"export VITALIS_KEY={self._key}"
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import resource
 import socket
 import sqlite3
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +23,7 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from vitalis_serve.control.client import Client, NotRunning, Refused
+from vitalis_serve.control.connections import MAX_HEAD_BYTES, REQUEST_SECONDS
 from vitalis_serve.gateway.keys import KeyTable, Limits, Route
 from vitalis_serve.metrics import CONTROL_METRICS, TIME_BUCKETS, WORKER_METRICS
 from vitalis_serve.store.secrets import digest
@@ -298,14 +301,23 @@ def test_wrong_token_is_refused_and_the_right_one_still_works(tmp_path: Path) ->
     ("method", "path", "body", "status", "code", "sentence"),
     [
         ("POST", "/v1/keys", b"{", 400, "invalid_json", "not JSON"),
-        ("POST", "/v1/keys", b"[1]", 400, "invalid_request", "valid"),
+        ("POST", "/v1/keys", b"[1]", 400, "invalid_request", "send a JSON object"),
+        ("POST", "/v1/keys", b"", 400, "invalid_request", "send a JSON object"),
+        ("POST", "/v1/keys", b"{}", 400, "invalid_request", "tenant: this field is missing"),
         ("POST", "/v1/keys", b'{"tenant":"t","clas":"batch"}', 400, "invalid_request", "clas: there is no such"),
         ("POST", "/v1/keys", b'{"tenant":"t","class":"bach"}', 400, "invalid_request", "did you mean 'batch'"),
         ("POST", "/v1/keys", b'{"tenant":"t","scopes":["inferense"]}', 400, "invalid_request", "'inference'"),
         ("POST", "/v1/keys", b'{"tenant":"t","scopes":[]}', 400, "invalid_request", "scopes"),
         ("POST", "/v1/keys", b'{"tenant":"t","routes":["chatt"]}', 400, "invalid_request", "did you mean 'chat'"),
-        ("POST", "/v1/keys", b'{"tenant":"t","expires_in_seconds":0}', 400, "invalid_request", "expires_in_seconds"),
-        ("POST", "/v1/tenants", b'{"name":"a b"}', 400, "invalid_request", "name"),
+        (
+            "POST",
+            "/v1/keys",
+            b'{"tenant":"t","expires_in_seconds":0}',
+            400,
+            "invalid_request",
+            "expires_in_seconds: give a whole",
+        ),
+        ("POST", "/v1/tenants", b'{"name":"a b"}', 400, "invalid_request", "name: give 1 to 64 letters, digits, dots"),
         ("POST", "/v1/tenants", b'{"name":"a\\u0000"}', 400, "invalid_request", "name"),
         ("POST", "/v1/tenants", b'{"name":"' + b"a" * 2_000_000 + b'"}', 413, "body_too_large", "1048576"),
         ("DELETE", "/v1/keys/nosuchkey", b"", 404, "key_not_found", "no key 'nosuchkey'"),
@@ -329,6 +341,40 @@ def test_bad_request_gets_one_sentence(
     assert answer.headers["x-request-id"] == "r-1"
 
 
+GARBAGE = ("", "soon", 0, -1, 1.5, True, 10**30, [], [None], {"a": 1}, "a b", "\ud800", "x" * 2000, None)
+FIELDS = {
+    "/v1/tenants": ("name", "notes"),
+    "/v1/keys": ("tenant", "name", "class", "scopes", "routes", "notes", "expires_in_seconds"),
+    "/v1/fleet/scale": ("replicas",),
+}
+
+
+@pytest.mark.parametrize(("path", "field"), [(path, field) for path, fields in FIELDS.items() for field in fields])
+def test_garbage_in_a_field_is_refused_in_words_of_ours(control: Control, path: str, field: str) -> None:
+    """Not in those of the library that found it; and every field refuses something of it."""
+    whole: dict[str, dict[str, Any]] = {"/v1/tenants": {"name": "taken"}, "/v1/keys": {"tenant": "nobody"}}
+    refused = 0
+    for value in GARBAGE:
+        body = {**whole.get(path, {}), field: value}
+        try:
+            control.call("POST", path, body)
+        except Refused as error:
+            if error.status == 400:
+                refused += 1
+                said = str(error)
+                assert said.startswith(("name: ", f"{field}", "there is no route ")), said
+                assert not re.search(r"should|[Ii]nput|String|Value|unable|pattern|valid|tuple|constraint", said), said
+                assert len(said) < 400
+    assert refused >= 5
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=many", "limit=1001", "before=0", "before=x", f"before={10**30}"])
+def test_garbage_in_a_query_is_refused_in_words_of_ours(control: Control, query: str) -> None:
+    with pytest.raises(Refused, match=rf"^{query.partition('=')[0]}: give ") as caught:
+        control.call("GET", f"/v1/audit?{query}")
+    assert caught.value.status == 400
+
+
 def test_duplicate_tenant_is_refused(control: Control) -> None:
     control.call("POST", "/v1/tenants", {"name": "twice"})
     with pytest.raises(Refused, match="'twice' already exists") as caught:
@@ -337,7 +383,7 @@ def test_duplicate_tenant_is_refused(control: Control) -> None:
 
 
 def test_openapi_document_is_whole(control: Control) -> None:
-    """Every reference resolves, every operation has an error answer, and the documents page loads it."""
+    """Every reference resolves, and every operation has an error answer."""
     answer, text = raw(control, "GET", "/openapi.json")
     document = json.loads(text)
     assert document["openapi"].startswith("3.")
@@ -351,9 +397,50 @@ def test_openapi_document_is_whole(control: Control) -> None:
         for operation in operations.values():
             assert "default" in operation["responses"], path
     assert schemas["NewKey"]["properties"]["class"]["enum"] == ["emergency", "interactive", "standard", "batch"]
-    answer, page = raw(control, "GET", "/docs")
-    assert answer.status == 200
-    assert b"/openapi.json" in page
+
+
+class Links(HTMLParser):
+    """What a page leads to or would load, and the places in it that can be led to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.leads: set[str] = set()
+        self.places: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.places.add(f"#{value}")
+            elif name in ("href", "src", "action", "data", "srcset"):
+                self.leads.add(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if data.isspace() else f"{data} "
+
+
+def test_the_documents_page_shows_every_operation_and_loads_nothing(control: Control) -> None:
+    """On a machine without internet too: no script, no style sheet, no picture, and the browser is told so."""
+    document = json.loads(raw(control, "GET", "/openapi.json")[1])
+    answer, content = raw(control, "GET", "/docs")
+    assert (answer.status, answer.headers.get_content_type()) == (200, "text/html")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none';")
+    page = Links(content.decode())
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    assert page.leads <= {"/openapi.json"} | page.places
+    assert b"@import" not in content
+    assert b"url(" not in content
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert f"{method.upper()} {path}" in page.text
+            assert operation.get("description", "") in page.text
+    for name, schema in document["components"]["schemas"].items():
+        assert f"#{name}" in page.places
+        assert set(schema["properties"]) <= set(page.text.split())
+    assert "from 1 to 316224000" in page.text
 
 
 def _references(node: Any) -> Iterator[str]:
@@ -441,10 +528,12 @@ def test_health_follows_fleet_and_workers(control: Control) -> None:
 
 
 class FleetSocket:
-    """The supervisor's command socket: answers each request with the lines it was made with."""
+    """The supervisor's command socket: answers each request with the lines it was made with, once it `may`."""
 
     def __init__(self, path: Path, *answers: dict[str, Any]) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.may = threading.Event()
+        self.may.set()
         self._answers = answers
         self._path = path
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -460,6 +549,7 @@ class FleetSocket:
                 return
             with connection, connection.makefile("rwb") as lines:
                 self.requests.append(json.loads(lines.readline()))
+                self.may.wait()
                 lines.writelines(json.dumps(answer).encode() + b"\n" for answer in self._answers)
 
     def close(self) -> None:
@@ -508,6 +598,60 @@ def test_refusal_of_the_supervisor_is_passed_on(control: Control) -> None:
         control.call("POST", "/v1/fleet/engine-9/drain")
     assert caught.value.status == 409
     fleet.close()
+
+
+# Connections
+
+
+def test_a_request_that_does_not_become_whole_is_closed_and_a_long_answer_is_not(control: Control) -> None:
+    """Nobody needs the token to open a connection, so none may be held by saying nothing more on it."""
+    begun = {
+        "nothing": b"",
+        "half a line": b"GET /heal",
+        "half a head": b"GET /healthz HTTP/1.1\r\nHost: x\r\n",
+        "an empty line after an answer": b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+        "half a body": b"POST /v1/keys HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+    }
+    fleet = FleetSocket(Path(control.options["supervisor_socket"]), {"done": True, "ok": True, "message": "drained"})
+    fleet.may.clear()
+    answers: list[Any] = []
+    patient = threading.Thread(target=lambda: answers.append(control.call("POST", "/v1/fleet/engine-0/drain")))
+    patient.start()
+    parts = urlsplit(control.address)
+    connections = {what: socket.create_connection((parts.hostname or "", parts.port or 0)) for what in begun}
+    for what, connection in connections.items():
+        connection.sendall(begun[what])
+    time.sleep(1)
+    connections["an empty line after an answer"].sendall(b"\r\n")
+    connections["half a body"].sendall(b'"')  # not the same as saying nothing at all
+    for what, connection in connections.items():
+        connection.settimeout(REQUEST_SECONDS + SECONDS)
+        with connection:
+            while connection.recv(4096):
+                assert what in ("an empty line after an answer", "half a body"), what
+    assert patient.is_alive()
+    fleet.may.set()
+    patient.join(SECONDS)
+    fleet.close()
+    assert answers == [{"message": "drained", "progress": []}]
+
+
+@pytest.mark.parametrize(
+    ("begun", "piece"), [(b"GET /", b"x"), (b"GET /healthz HTTP/1.1\r\nx: ", b"x"), (b"\r\n", b"\r\n")]
+)
+def test_a_head_without_end_is_closed_before_it_fills_the_memory(control: Control, begun: bytes, piece: bytes) -> None:
+    parts = urlsplit(control.address)
+    address = (parts.hostname or "", parts.port or 0)
+    with socket.create_connection(address, timeout=SECONDS) as connection, pytest.raises(ConnectionError):
+        trickle(connection, begun, piece * 4096, 16 * MAX_HEAD_BYTES)
+    assert raw(control, "GET", "/healthz")[0].status == 200
+
+
+def trickle(connection: socket.socket, begun: bytes, piece: bytes, limit: int) -> None:
+    connection.sendall(begun)
+    for _ in range(limit // len(piece)):
+        connection.sendall(piece)
+        time.sleep(0.001)
 
 
 # The process

@@ -131,7 +131,7 @@ def test_key_with_everything_is_listed_and_revoked(control: Control) -> None:
     ("words", "code", "sentence"),
     [
         (("tenants", "create", "acme"), 1, "tenant 'acme' already exists"),
-        (("tenants", "create", "a b"), 2, "name: "),
+        (("tenants", "create", "a b"), 2, "name: give 1 to 64 letters, digits, dots, underscores"),
         (("tenants", "revoke", "acmee"), 1, "there is no tenant 'acmee'; did you mean 'acme'?"),
         (("keys", "create", "--tenant", "acmee"), 1, "there is no tenant 'acmee'; did you mean 'acme'?"),
         (("keys", "create", "--tenant", "acme", "--class", "bulk"), 2, "there is no class 'bulk'"),

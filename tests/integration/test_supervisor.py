@@ -418,6 +418,29 @@ def test_one_order_at_a_time(var):
     assert list(answers)[-1]["ok"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"command": "restart", "replica": "engine-0"},
+        {"command": "restart", "replica": "engine-1"},
+        {"command": "scale", "replicas": 1},
+        {"command": "drain", "replica": "engine-1"},
+    ],
+)
+def test_no_order_waits_behind_a_long_drain(var, other):
+    """It is told at once what is in its way, and the drain goes on."""
+    var.start(replicas=2, policy={"drain_seconds": 60})
+    var.in_flight(engine_0=1)
+    answers = request(var.socket, {"command": "drain", "replica": "engine-0"}, seconds=30)
+    next(answers)
+    refused = var.order(**other)
+    assert not refused["ok"]
+    assert refused["message"] == "another order is being carried out (drain engine-0): try again when it is done"
+    assert var.states() == {"engine-0": "draining", "engine-1": "ready"}
+    var.in_flight()
+    assert list(answers)[-1]["ok"]
+
+
 def test_an_order_goes_on_when_its_caller_leaves(var):
     var.start(engine_flags=["--load-seconds", "0.3"])
     answers = request(var.socket, {"command": "scale", "replicas": 2}, seconds=30)

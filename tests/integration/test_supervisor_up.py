@@ -1,5 +1,6 @@
 """`vitalis-serve up` and `gateway` as people start them, with the simulated engine in vLLM's place."""
 
+import http.client
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vitalis_serve.supervise import folders, orphans
@@ -144,6 +146,27 @@ def test_a_refused_second_start_changes_nothing_of_the_first(ours):
     assert {path: path.read_bytes() for path in (ours.var / "run").glob("*.json")} == files
 
 
+def test_doctor_knows_the_ports_of_its_own_installation(ours):
+    """While it runs they are in use as they should be; another's are not."""
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        ports = [each.getsockname()[1] for each in (first, second)]
+    document = json.loads((ours.folder / "c.yaml").read_text())
+    document["gateway"]["port"], document["control"]["port"] = ports
+    (ours.folder / "c.yaml").write_text(json.dumps(document))
+    ours.start("up")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    found = {finding["what"]: finding for finding in json.loads(ours.ask("doctor", "--json").stdout)}
+    for what, port in zip(("gateway port", "control port"), ports, strict=True):
+        assert found[what]["state"] == "ok", found[what]
+        assert found[what]["detail"] == f"127.0.0.1:{port} is in use by this installation (running)"
+    document["data_folder"] = str(ours.folder / "another")
+    (ours.folder / "c.yaml").write_text(json.dumps(document))
+    done = ours.ask("doctor", "--json")
+    assert done.returncode == 1
+    states = {finding["what"]: finding["state"] for finding in json.loads(done.stdout)}
+    assert (states["gateway port"], states["control port"]) == ("failed", "failed")
+
+
 def test_a_second_start_makes_no_second_key(ours):
     for _ in range(2):
         ours.start("up")
@@ -156,18 +179,39 @@ def test_a_second_start_makes_no_second_key(ours):
     assert "The first key" not in first
 
 
-def test_on_a_terminal_the_key_is_shown_once_and_kept_nowhere(ours):
+def test_on_a_terminal_what_is_shown_works_when_pasted_and_the_key_is_kept_nowhere(ours):
+    """Into a second shell: the export line, README's smoke, the curl line and the Python snippet, all as they stand."""
     master, terminal = pty.openpty()
     ours.start("up", terminal=terminal)
     os.close(terminal)
-    shown = b""
-    while b"print(client" not in shown:
-        shown += os.read(master, 4096)
-    key = re.search(rb"\n +(vts_\w+)\r\n", shown)[1].decode()
-    assert f"Bearer {key}" in shown.decode()
+    shown = ""
+    while "print(client" not in shown:
+        shown += os.read(master, 4096).decode().replace("\r\n", "\n")
+    early, requests = shown.split("Ready. Try it:")
+    export = re.search(r"^ *(export VITALIS_KEY=vts_\w+)$", early, re.MULTILINE)[1]
+    key = export.partition("=")[2]
     assert not (ours.var / "first-key").exists()
     assert key not in ours.said()
-    assert ours.ask("smoke", "--key", key).returncode == 0
+    assert requests.count(key) == 1
+    readme = (ROOT / "README.md").read_text().partition("A second shell")[2]
+    smoke = next(line.strip() for line in readme.splitlines() if "vitalis-serve smoke" in line)
+    assert "`export VITALIS_KEY=...`" in readme.partition(smoke)[0]
+    smoke = smoke.replace(".venv/bin/vitalis-serve", shlex.join(COMMAND))
+
+    def paste(*lines: str) -> "subprocess.CompletedProcess[str]":
+        environment = {**ENVIRONMENT, "VITALIS_CONFIG": str(ours.folder / "c.yaml")}
+        typed = "".join(f"{line}\n" for line in lines)
+        return subprocess.run(["bash"], input=typed, env=environment, capture_output=True, text=True, timeout=60)
+
+    smoked = paste(export, smoke)
+    assert smoked.returncode == 0, smoked.stderr
+    assert smoked.stdout.count(" ok ") == 2
+    assert "paste the line `export VITALIS_KEY=...`" in paste(smoke).stderr
+    in_shell, _, in_python = requests.partition("\n\nor, with `pip install openai`, in Python:\n\n")
+    assert json.loads(paste(in_shell).stdout)["choices"][0]["message"]["content"]
+    asked = paste(export, f"{sys.executable} - <<'END'", in_python, "END")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.strip()
     ours.stop()
     os.close(master)
     kept = [path for path in ours.var.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
@@ -191,6 +235,177 @@ def test_gateway_serves_an_engine_that_is_already_there(ours):
     finally:
         engine.kill()
         engine.wait()
+
+
+class GivenEngine:
+    """An engine that somebody else runs, and stops and starts as he likes."""
+
+    def __init__(self, ours: Installation) -> None:
+        self.python = str(ours.folder / "python")
+        self.path = ours.folder / "there.sock"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *models: str) -> None:
+        argv = [self.python, "-m", "x", "--uds", str(self.path), "--served-model-name", *models]
+        self.process = subprocess.Popen(argv)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def given(ours: Installation) -> Iterator[GivenEngine]:
+    """One for a gateway with the shipped configuration's profile, auto; not started yet."""
+    document = json.loads((ours.folder / "c.yaml").read_text())
+    document |= {"profile": "auto", "engines": {"probe_seconds": 0.2}}
+    del document["model"]
+    (ours.folder / "c.yaml").write_text(json.dumps(document))
+    made = GivenEngine(ours)
+    yield made
+    made.kill()
+
+
+class Client:
+    """Of the gateway that runs, with its first key."""
+
+    def __init__(self, ours: Installation) -> None:
+        ours.until(lambda: (ours.var / "first-key").exists())
+        self.place = json.loads(ours.ask("fleet", "status", "--json").stdout)["gateway"]
+        self.headers = {
+            "Authorization": f"Bearer {(ours.var / 'first-key').read_text().strip()}",
+            "Content-Type": "application/json",
+        }
+
+    def ask(self, method: str, path: str, body: object = None) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPConnection(self.place["host"], self.place["port"], timeout=30)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), self.headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def models(self) -> list[str]:
+        return [model["id"] for model in self.ask("GET", "/v1/models")[1]["data"]]
+
+    def chat(self, model: str) -> tuple[int, str]:
+        """The status, and the error's code where it is one."""
+        messages = [{"role": "user", "content": "What now?"}]
+        status, answer = self.ask("POST", "/v1/chat/completions", {"model": model, "messages": messages})
+        return status, answer["error"]["code"] if "error" in answer else ""
+
+
+def engine_child(ours: Installation) -> dict[str, Any]:
+    children = json.loads(ours.ask("fleet", "status", "--json").stdout)["children"]
+    return next(child for child in children if child["kind"] == "engine")
+
+
+def test_gateway_offers_the_models_that_the_engine_lists(ours, given):
+    given.start("there", "there-too")
+    ours.start("gateway", "--engine", f"unix:{given.path}")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    smoke = ours.ask("smoke")
+    assert smoke.returncode == 0, smoke.stderr
+    client = Client(ours)
+    assert client.models() == ["there", "there-too"]
+    assert [client.chat(name) for name in client.models()] == [(200, ""), (200, "")]
+    assert client.chat("smollm2-135m") == (404, "model_not_found")
+    assert ours.ask("keys", "create", "--tenant", "default", "--routes", "there-too").returncode == 0
+    refused = ours.ask("keys", "create", "--tenant", "default", "--routes", "nowhere")
+    assert refused.returncode == 2
+    assert "there is no route 'nowhere'" in refused.stderr
+
+
+def test_gateway_waits_for_the_engine_to_say_what_it_serves(ours, given):
+    """Also after the engine was started anew with other models."""
+    ours.start("gateway", "--engine", f"unix:{given.path}")
+    client = Client(ours)
+    assert client.ask("GET", "/readyz")[0] == 503
+    assert client.models() == []
+    for name in ("smollm2-135m", "gpt-oss-20b", "late"):
+        assert client.chat(name) == (503, "no_ready_engine")
+    ours.until(lambda: "it has not said yet which models it serves (nobody listens)" in engine_child(ours)["detail"])
+    assert engine_child(ours)["state"] == "starting"
+
+    given.start("late")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    assert '"model": "late"' in ours.said()
+    ours.until(lambda: client.models() == ["late"])
+    assert client.ask("GET", "/readyz")[0] == 200
+    assert client.chat("late") == (200, "")
+    assert client.chat("gpt-oss-20b") == (404, "model_not_found")
+
+    given.kill()
+    ours.until(lambda: client.chat("late") == (503, "no_ready_engine"))
+    assert client.models() == ["late"], "it is only away"
+    given.start("other", "another")
+    ours.until(lambda: client.models() == ["other", "another"])
+    assert client.chat("other") == (200, "")
+    assert client.chat("another") == (200, "")
+    assert client.chat("late") == (404, "model_not_found")
+    assert "Traceback" not in ours.said()
+
+
+@pytest.mark.parametrize(("engines", "slots"), [({}, 64), ({"slots": 7}, 7)])
+def test_slots_of_a_given_engine_are_not_guessed_from_this_machine(ours, given, engines, slots):
+    document = json.loads((ours.folder / "c.yaml").read_text())
+    document["engines"] |= engines
+    (ours.folder / "c.yaml").write_text(json.dumps(document))
+    ours.start("gateway", "--engine", f"unix:{given.path}")
+    ours.until(lambda: "control is ready" in ours.said())
+    ours.until(lambda: json.loads(ours.ask("fleet", "status", "--json").stdout)["fleet"]["replicas"])
+    (replica,) = json.loads(ours.ask("fleet", "status", "--json").stdout)["fleet"]["replicas"]
+    assert replica["slots"] == slots
+
+
+def test_a_configured_route_leads_to_the_model_that_is_given(ours, given):
+    document = json.loads((ours.folder / "c.yaml").read_text())
+    document["routes"] = [{"name": "vitalis-chat"}]
+    (ours.folder / "c.yaml").write_text(json.dumps(document))
+    given.start("there")
+    ours.start("gateway", "--engine", f"unix:{given.path}", "--model", "there")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    client = Client(ours)
+    ours.until(lambda: client.models() == ["vitalis-chat"])
+    assert client.chat("vitalis-chat") == (200, "")
+
+
+def test_a_given_engine_is_not_restarted_and_comes_back_from_a_drain(ours, given):
+    given.start("there")
+    ours.start("gateway", "--engine", f"unix:{given.path}")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    for words in (["engine-0"], []):
+        refused = ours.ask("fleet", "restart", *words)
+        assert refused.returncode == 1
+        assert refused.stderr == (
+            "vitalis-serve: engine-0: not restarted, because given by address and not ours: restart it where it runs\n"
+        )
+    client = Client(ours)
+    assert ours.ask("fleet", "drain", "engine-0").returncode == 0
+    assert client.chat("there") == (503, "no_ready_engine")
+    taken_back = ours.ask("fleet", "restart", "engine-0")
+    assert taken_back.returncode == 0
+    assert taken_back.stdout == "engine-0 takes requests again; it was not restarted, because it is not ours\n"
+    assert client.chat("there") == (200, "")
+    assert engine_child(ours)["restarts"] == 0
+    assert given.process.poll() is None
+
+
+def test_a_drained_engine_that_is_away_comes_back_once_it_answers(ours, given):
+    given.start("there")
+    ours.start("gateway", "--engine", f"unix:{given.path}")
+    ours.until(lambda: "Ready. Try it:" in ours.said())
+    assert ours.ask("fleet", "drain", "engine-0").returncode == 0
+    given.kill()
+    taken_back = ours.ask("fleet", "restart", "engine-0")
+    assert taken_back.returncode == 0
+    assert "engine-0 takes requests again as soon as it answers" in taken_back.stdout
+    given.start("there")
+    client = Client(ours)
+    ours.until(lambda: client.chat("there") == (200, ""))
 
 
 def test_engine_runs_one_without_a_gateway(ours):

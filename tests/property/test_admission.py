@@ -11,6 +11,8 @@ from vitalis_serve.gateway.admission import AGED_EVERY, Admission, AdmissionOpti
 from vitalis_serve.gateway.routing import policy
 from vitalis_serve.gateway.seats import CLASSES, EMERGENCY, Demand, Seat
 
+from tests.support.examples import examples
+
 NAMES = ("e0", "e1", "e2")
 KV, PREFILL, QUEUE = 1000, 400, 8
 
@@ -209,12 +211,12 @@ def _one_alone(seat: Seat, mine: list[Demand]) -> bool:
     return any(seat.prefill <= d.prompt_tokens and d.prompt_tokens > seat.ordinary_prefill for d in mine)
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 TestAdmission = Machine.TestCase
 
 
 # no shrinking: 400 arrivals take minutes to shrink, and say no more for it
-@settings(max_examples=40, deadline=None, phases=[Phase.generate])
+@settings(max_examples=examples(40), deadline=None, phases=[Phase.generate])
 @given(
     class_=st.sampled_from(CLASSES[1:]),
     prompt=st.sampled_from([10, 350, 900, 5000]),

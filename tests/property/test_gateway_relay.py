@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from tests.support import gateway
 from tests.support.client import Ended, Response
+from tests.support.examples import examples
 from tests.support.gateway import LAST_CHUNK, STREAM_HEAD, ScriptedEngine, chunk, http_answer
 from tests.support.worker import WorkerProcess, running_worker
 
-FAST = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FAST = settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def _chat(choice: str) -> bytes:

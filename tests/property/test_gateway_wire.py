@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support import client, gateway
+from tests.support.examples import examples
 from tests.support.gateway import AUTH, ScriptedEngine, chunk, http_answer
 from tests.support.worker import WorkerProcess, running_worker
 
 ANSWER = b'{"choices":[{"text":"x","finish_reason":"stop"}]}'
 STATUS = re.compile(rb"HTTP/1\.1 (\d\d\d) ")
-SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 _body = json.dumps(gateway.document("chat")).encode()
 VALID = [

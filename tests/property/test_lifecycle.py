@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 from vitalis_serve.fleet import ReplicaState as State
 from vitalis_serve.supervise import lifecycle as lc
 
+from tests.support.examples import examples
+
 POLICY = lc.Policy(start_seconds=30, stop_seconds=5, drain_seconds=10, hung_seconds=8, tries=3, steady_seconds=60)
 EXTERNAL = lc.Policy(hung_seconds=8, drain_seconds=10, owned=False)
 
@@ -88,7 +90,7 @@ def test_stopped_is_left_on_an_order_only(story, policy):
 
 
 @given(story, policies, seconds, st.booleans())
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_after_stop_every_path_ends_stopped(story, policy, patience, obeys):
     """Whatever happened before, with an engine that ends when told (`obeys`) or only when its keeper is killed."""
     edge = Edge(policy)

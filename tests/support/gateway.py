@@ -79,6 +79,14 @@ def stream_text(api: str, events: list[Event]) -> str:
     return "".join(d["delta"] for d in documents if d["type"] == "response.output_text.delta")
 
 
+def broken(event: Event) -> bool:
+    """The half of an event that was cut and closed with a blank line."""
+    try:
+        return event.data not in ("", "[DONE]") and not event.json
+    except ValueError:
+        return True
+
+
 def looks_whole(api: str, events: list[Event]) -> bool:
     """Whether a client would take this stream for a finished answer."""
     if api in ("chat", "completions"):

@@ -19,7 +19,7 @@ from vitalis_serve.supervise import folders, orphans
 from vitalis_serve.supervise.attendant import AttendantSpec
 from vitalis_serve.supervise.commands import NotRunning, request
 from vitalis_serve.supervise.lifecycle import Policy
-from vitalis_serve.supervise.replica import ReplicaSpec, Sight
+from vitalis_serve.supervise.replica import Listing, ReplicaSpec, Sight
 from vitalis_serve.supervise.supervisor import Supervisor, SupervisorOptions
 
 HERE = Path(__file__).parent
@@ -39,7 +39,10 @@ class TinyProber:
             finally:
                 writer.close()
 
-    async def answers(self, deadline: float) -> str:
+    async def models(self, deadline: float) -> Listing:
+        return Listing(("tiny",))
+
+    async def answers(self, model: str, deadline: float) -> str:
         try:
             return "" if await self.exchange("ask", deadline) == "right" else "a wrong answer"
         except (OSError, TimeoutError) as exc:

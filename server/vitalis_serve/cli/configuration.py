@@ -1,6 +1,7 @@
 """`vitalis-serve check-config|plan|doctor|model`: what is configured, what fits, whether this machine is ready."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -25,10 +26,12 @@ from vitalis_serve.engines.memory import GIB, Architecture, MemoryPlan, architec
 from vitalis_serve.engines.placement import Placement, check_heads, device_of, place
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.progress import ProgressLines
-from vitalis_serve.settings import Resolved, Settings, load, resolve
+from vitalis_serve.settings import Resolved, Settings, companion, load, resolve
 from vitalis_serve.settings.hardware import GpuModel
+from vitalis_serve.settings.overrides import overridden
 from vitalis_serve.settings.redaction import redact, redact_argv
 from vitalis_serve.settings.variables import setting_paths
+from vitalis_serve.supervise.commands import NotRunning, request
 from vitalis_serve.supervise.folders import run_folder
 
 CONFIG_HELP = "The configuration file; default: $VITALIS_CONFIG, else config/gpt-oss.yaml."
@@ -68,13 +71,14 @@ def check_config(config: Config = None, inventory: InventoryFile = None, as_json
         for route in settings.routes
         if route.model != settings.model.name
     ]
+    notes += overridden(resolved)
     problem: ConfigurationError | None = None
     commands: list[EngineCommand] = []
     try:
         models.check_folder(settings.model)
         commands = _commands(settings, machine, python)
         if settings.engines.tensor_parallel > 1 and (architecture := _known_architecture(resolved)):
-            check_heads(settings.engines.tensor_parallel, architecture)
+            check_heads(settings, architecture)
     except ConfigurationError as error:
         problem = error
     if as_json:
@@ -237,7 +241,7 @@ def _source(settings: Settings) -> str:
 
 
 def _table(resolved: Resolved) -> Path:
-    return resolved.files[0].parent / "model-params.json"
+    return companion(resolved.files[0], "model-params.json")
 
 
 def _memory(settings: Settings, machine: Inventory, architecture: Architecture, placement: Placement) -> MemoryPlan:
@@ -293,8 +297,9 @@ def _examine(settings: Settings, machine: Inventory) -> Iterator[Finding]:
     yield _disk("cache disk", cache_folder(os.environ), 1 if _model_is_here(settings) else _needed_gb(settings))
     yield _gpus(settings, machine)
     yield _engine_environment(settings)
-    yield _port("gateway port", settings.gateway.host, settings.gateway.port)
-    yield _port("control port", settings.control.host, settings.control.port)
+    ours = _running(settings)
+    yield _port("gateway port", settings.gateway.host, settings.gateway.port, ours.get("gateway"))
+    yield _port("control port", settings.control.host, settings.control.port, ours.get("control"))
     yield _writable(settings.data_folder)
 
 
@@ -341,7 +346,17 @@ def _engine_environment(settings: Settings) -> Finding:
         return Finding("engine environment", "failed", str(error))
 
 
-def _port(what: str, host: str, port: int) -> Finding:
+def _running(settings: Settings) -> dict[str, Any]:
+    """What the supervisor of this data folder says of itself; empty where none runs."""
+    try:
+        *_, status = request(run_folder(settings.data_folder) / "supervisor.sock", {"command": "status"}, seconds=5)
+    except NotRunning:
+        return {}
+    return status
+
+
+def _port(what: str, host: str, port: int, ours: Mapping[str, Any] | None) -> Finding:
+    """`ours`: where the running installation listens for it, if there is one."""
     if port == 0:
         return Finding(what, "ok", f"{host}, any free port")
     try:
@@ -352,6 +367,8 @@ def _port(what: str, host: str, port: int) -> Finding:
             # Binding alone succeeds beside another listener's SO_REUSEADDR; listening does not.
             trial.listen(1)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and ours is not None and ours.get("port") == port:
+            return Finding(what, "ok", f"{host}:{port} is in use by this installation (running)")
         return Finding(
             what, "failed", f"{host}:{port} cannot be used ({error.strerror}): stop what uses it, or change it"
         )

@@ -39,11 +39,11 @@ def gateway(
     engines: Annotated[
         list[str], typer.Option("--engine", help="http://HOST:PORT or unix:/PATH; once for each engine.")
     ],
-    model: Annotated[str | None, typer.Option(help="The model they serve; default: the first one they list.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model they serve; default: those they list.")] = None,
     config: Config = None,
 ) -> None:
     """Run the gateway and control in front of engines that are already there."""
-    raise typer.Exit(main.gateway(load(config, os.environ), engines, model))
+    raise typer.Exit(main.gateway(load(config, os.environ, engines_here=False), engines, model))
 
 
 def engine(config: Config = None) -> None:
@@ -112,7 +112,8 @@ def _key(settings: Settings, given: str | None) -> str:
         return path.read_text().strip()
     except OSError as exc:
         raise ConfigurationError(
-            f"no key: give --key or VITALIS_KEY (there is no {path}; `vitalis-serve keys create` makes one)"
+            "no key: paste the line `export VITALIS_KEY=...` that the first start has shown, or give --key (there is "
+            f"no {path}; `vitalis-serve keys create --tenant default` makes another key)"
         ) from exc
 
 

@@ -14,13 +14,13 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 from fastapi import Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRouter
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from vitalis_serve import __version__
-from vitalis_serve.control import exposition, schemas
+from vitalis_serve.control import documents, exposition, schemas
 from vitalis_serve.control.access import Access
 from vitalis_serve.control.guard import Guard, error_response
 from vitalis_serve.control.options import ControlOptions
@@ -111,8 +111,14 @@ def create_app(control: Control, access: Access) -> FastAPI:
         title="vitalis-serve control",
         version=__version__,
         description="The admin plane: fleet, tenants, keys, health and metrics.",
+        docs_url=None,
         redoc_url=None,
     )
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(documents.page(app.openapi()), headers=documents.HEADERS)
+
     app.add_exception_handler(ServeError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -175,8 +181,8 @@ def _watch_routes(control: Control) -> APIRouter:
 
     @routes.get("/v1/audit", tags=["audit"])
     async def audit(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        before: Annotated[int | None, Query(ge=1, description="Only rows with an id below this one.")] = None,
+        limit: schemas.RowCount = 100,
+        before: Annotated[schemas.RowId | None, Query(description="Only rows with an id below this one.")] = None,
     ) -> schemas.Acts:
         """Who changed what, newest first."""
         acts = await control.store.acts(limit, before)
@@ -274,9 +280,11 @@ def _tenant_routes(control: Control) -> APIRouter:
 
 def _key_routes(control: Control) -> APIRouter:
     routes = APIRouter(prefix="/v1/keys", tags=["keys"])
-    known_routes = {route.name for route in control.options.routes} | {"*"}
 
     def routes_exist(body: schemas.NewKey) -> schemas.NewKey:
+        # Without routes of its own the gateway offers what the engines say that they serve.
+        known_routes = {route.name for route in control.options.routes} or {*control.supervision.fleet.models}
+        known_routes |= {"*"}
         for name in body.routes:
             if name not in known_routes:
                 raise ServeError(
@@ -357,11 +365,15 @@ async def _invalid(_request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         return error_response(ServeError("invalid_json", "the body is not JSON"))
     where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
-        message = f"{where}: there is no such field"
+    if where == "body":
+        reason = "send a JSON object, and with it `content-type: application/json`"
+    elif first["type"] == "missing":
+        reason = "this field is missing"
+    elif first["type"] == "extra_forbidden":
+        reason = "there is no such field"
     else:
-        message = f"{where}: {first['msg'].removeprefix('Value error, ')}"
-    return error_response(ServeError("invalid_request", message, param=where))
+        reason = first["msg"].removeprefix("Value error, ")
+    return error_response(ServeError("invalid_request", f"{where[:200]}: {reason}", param=where[:200]))
 
 
 async def _http_error(_request: Request, error: Exception) -> JSONResponse:

@@ -17,7 +17,7 @@ from vitalis_serve.errors import ServeError
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES: Final = 1 << 20
-# The documents hold no secret, and a browser that opens them sends no token; their "Authorize" button takes it.
+# The documents hold no secret, and a browser that opens them sends no token.
 _OPEN_PATHS: Final = frozenset({"/healthz", "/docs", "/openapi.json"})
 _SANE_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 

@@ -21,6 +21,7 @@ import uvicorn
 from vitalis_serve import logs
 from vitalis_serve.control.access import Access, Failures, control_token
 from vitalis_serve.control.app import Control, create_app
+from vitalis_serve.control.connections import BoundedProtocol
 from vitalis_serve.control.files import kept_secret, publish, stage
 from vitalis_serve.control.options import ControlOptions
 from vitalis_serve.control.snapshots import Snapshots
@@ -96,6 +97,7 @@ async def run(options: ControlOptions) -> None:
         app = create_app(Control(options, store, workers, snapshots, supervision), access)
         config = uvicorn.Config(
             app,
+            http=BoundedProtocol,
             lifespan="off",
             ws="none",
             log_config=None,

@@ -2,7 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+)
 
 from vitalis_serve.store.records import CLASSES, SCOPES, nearest
 
@@ -25,14 +35,53 @@ def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
+def said(sentence: str) -> WrapValidator:
+    """What is refused is refused with `sentence`; a refusal that is a sentence of ours already stays as it is."""
+
+    def check(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return inner(value)
+        except ValidationError as error:
+            if error.errors()[0]["type"] == "value_error":
+                raise
+            raise ValueError(sentence) from None
+
+    return WrapValidator(check)
+
+
 Name = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"),
     Field(description="Letters, digits, dot, underscore, hyphen; at most 64."),
+    said(
+        "give 1 to 64 letters, digits, dots, underscores and hyphens, the first a letter or digit, for example "
+        "vitalis-chat"
+    ),
 ]
-Class = Annotated[str, AfterValidator(_class), WithJsonSchema({"type": "string", "enum": list(CLASSES)})]
-Scope = Annotated[str, AfterValidator(_scope), WithJsonSchema({"type": "string", "enum": list(SCOPES)})]
-Notes = Annotated[str, StringConstraints(max_length=1000)]
+Class = Annotated[
+    str,
+    StringConstraints(max_length=64),
+    said(f"give one of {', '.join(CLASSES)}"),
+    AfterValidator(_class),
+    WithJsonSchema({"type": "string", "enum": list(CLASSES)}),
+]
+Scope = Annotated[
+    str,
+    StringConstraints(max_length=64),
+    said(f"give names out of {', '.join(SCOPES)}"),
+    AfterValidator(_scope),
+    WithJsonSchema({"type": "string", "enum": list(SCOPES)}),
+]
+ShortText = Annotated[str, StringConstraints(max_length=128), said("give text of at most 128 characters")]
+Notes = Annotated[str, StringConstraints(max_length=1000), said("give text of at most 1000 characters")]
+Lifetime = Annotated[
+    int,
+    Field(ge=1, le=_TEN_YEARS),
+    said(f"give a whole number of seconds from 1 to {_TEN_YEARS}, for example 7776000 for ninety days"),
+]
+Replicas = Annotated[int, Field(ge=0, le=1024), said("give a whole number from 0 to 1024")]
+RowCount = Annotated[int, Field(ge=1, le=1000), said("give a whole number from 1 to 1000")]
+RowId = Annotated[int, Field(ge=1, le=2**63 - 1), said("give the id of an audit row, a whole number from 1")]
 UnixSeconds = Annotated[int, Field(description="UTC, Unix seconds.")]
 
 
@@ -48,21 +97,27 @@ class NewTenant(Body):
 
 
 class NewKey(Body):
-    tenant: Annotated[str, StringConstraints(max_length=64)]
-    name: Annotated[str, StringConstraints(max_length=128)] = ""
+    tenant: Annotated[str, StringConstraints(max_length=64), said("give the name of a tenant, at most 64 characters")]
+    name: ShortText = ""
     class_: Annotated[Class, Field(alias="class")] = "standard"
-    scopes: Annotated[tuple[Scope, ...], Field(min_length=1), AfterValidator(_unique)] = ("inference",)
+    scopes: Annotated[
+        tuple[Scope, ...],
+        Field(min_length=1),
+        said(f"give a list of one or more of {', '.join(SCOPES)}"),
+        AfterValidator(_unique),
+    ] = ("inference",)
     routes: Annotated[
         tuple[str, ...],
         Field(min_length=1, description='Names of routes, or ["*"] for all there are and will be.'),
+        said('give a list of routes\' names, or ["*"] for all'),
         AfterValidator(_unique),
     ] = ("*",)
     notes: Notes = ""
-    expires_in_seconds: Annotated[int, Field(ge=1, le=_TEN_YEARS)] | None = None
+    expires_in_seconds: Lifetime | None = None
 
 
 class Scale(Body):
-    replicas: Annotated[int, Field(ge=0, le=1024)]
+    replicas: Replicas
 
 
 class Question(Body):

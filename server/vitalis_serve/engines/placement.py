@@ -36,7 +36,7 @@ def place(settings: Settings, inventory: Inventory, architecture: Architecture |
     Raises ConfigurationError where they do not fit, or where `architecture` cannot be cut so.
     """
     if architecture is not None:
-        check_heads(settings.engines.tensor_parallel, architecture)
+        check_heads(settings, architecture)
     if device_of(settings, inventory) == "cpu":
         return _on_cpu(settings, inventory)
     groups = _groups(_chosen(settings, inventory), settings.engines.tensor_parallel, inventory)
@@ -50,15 +50,19 @@ def place(settings: Settings, inventory: Inventory, architecture: Architecture |
     return tuple(Placement(i, "cuda", gpus=groups[i]) for i in range(replicas))
 
 
-def check_heads(width: int, architecture: Architecture) -> None:
-    """Raises ConfigurationError where a model's attention heads cannot be cut into `width` equal parts."""
+def check_heads(settings: Settings, architecture: Architecture) -> None:
+    """Raises ConfigurationError where vLLM could not spread the model's heads over `engines.tensor_parallel` ranks:
+    each takes as many attention heads, and either as many key-value heads or a copy of one."""
+    width, model = settings.engines.tensor_parallel, settings.model
     heads, kv_heads = architecture.attention_heads, architecture.kv_heads
     right = [n for n in range(1, 65) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
     if width not in right:
+        # As configured: the architecture's own name may be that of a folder in the cache.
+        name = model.hub or model.package or model.build or str(model.folder)
         shown = ", ".join(str(n) for n in right)
         raise ConfigurationError(
-            f"engines.tensor_parallel is {width} but {architecture.name} has {heads} attention heads and"
-            f" {kv_heads} key-value heads, which cut evenly by {shown} only"
+            f"engines.tensor_parallel is {width} but {name} has {heads} attention heads and {kv_heads} key-value"
+            f" heads, which allow {shown} only"
         )
 
 

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 MAX_HEAD_BYTES: Final = 65_536
 MAX_BODY_BYTES: Final = 4 << 20
+MAX_MODELS: Final = 256
+MODEL_NAME: Final = re.compile(r"[!-~]{1,256}")
 PROMPT: Final = "1, 2, 3,"
 # Names as vLLM 0.32 exports them -> fields of Progress.
 _SERIES: Final[Mapping[str, str]] = {
@@ -45,6 +47,14 @@ class ProbeResult:
     refused: bool = False
     text: str = ""
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsResult:
+    """`names` is () where the engine does not say; then `reason` tells why."""
+
+    names: tuple[str, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +109,18 @@ async def progress(address: str, deadline: float | None = None) -> Progress:
     return parse_metrics(text)
 
 
-async def models(address: str, deadline: float) -> tuple[str, ...]:
-    """The names that the engine answers to, as it lists them; () where it does not say."""
+async def models(address: str, deadline: float) -> ModelsResult:
+    """The names that the engine answers to, as it lists them. Left out are those that no header could carry."""
     try:
         status, answer = await request(address, "GET", "/v1/models", deadline)
-    except ProbeError:
-        return ()
-    listed = _document(answer).get("data") if status == 200 else None
-    if not isinstance(listed, list):
-        return ()
-    return tuple(str(model["id"]) for model in listed if isinstance(model, dict) and "id" in model)
+        if status != 200:
+            raise ProbeError(f"/v1/models answered {status}", refused=True)
+    except ProbeError as error:
+        return ModelsResult(reason=str(error))
+    listed = _document(answer).get("data")
+    names = [model.get("id") for model in listed if isinstance(model, dict)] if isinstance(listed, list) else []
+    usable = dict.fromkeys(name for name in names if isinstance(name, str) and MODEL_NAME.fullmatch(name))
+    return ModelsResult(tuple(usable)[:MAX_MODELS], "" if usable else "/v1/models lists none")
 
 
 def parse_metrics(text: bytes) -> Progress:

@@ -63,7 +63,7 @@ def explain(state: "WorkerState", question: Question) -> dict[str, Any]:
         Key("", "", question.tenant, class_=question.class_),
         state.keys,
         {SESSION: question.session.encode()} if question.session else {},
-        harmony_model=state.options.harmony,
+        harmony_model=state.harmony,
         choices=len(state.fleet.replicas) > 1,
     )
     models = (intake.model, *intake.fallbacks)

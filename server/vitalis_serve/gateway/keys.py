@@ -4,6 +4,7 @@ A snapshot is replaced whole; nothing here ever writes one. A flood of wrong key
 dictionary look-up each, and no memory.
 """
 
+import copy
 import hashlib
 import hmac
 import os
@@ -126,7 +127,10 @@ class Use(msgspec.Struct, frozen=True):
 class KeyTable:
     """One snapshot, indexed. Build a new one for a new snapshot and replace it by assignment."""
 
-    __slots__ = ("_by_digest", "_cache_groups", "_cache_secret", "_salts", "_uses", "policies", "routes", "version")
+    __slots__ = (
+        "_by_digest", "_cache_groups", "_cache_secret", "_configured", "_salts", "_uses", "policies", "routes",
+        "version",
+    )  # fmt: skip
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.version = snapshot.version
@@ -137,11 +141,22 @@ class KeyTable:
         self._cache_secret = snapshot.cache_secret.encode() or os.urandom(32)
         self._salts: dict[str, msgspec.Raw] = {}
         self._uses: dict[tuple[str, str], Use] = {}
+        self._configured = bool(self.routes)
 
     @staticmethod
     def decode(document: bytes) -> "KeyTable":
         """Raises msgspec.DecodeError or ValueError where the document is not a snapshot."""
         return KeyTable(_DECODER.decode(document))
+
+    def offering(self, models: Sequence[str]) -> "KeyTable":
+        """The same keys, with one route for each of these models. Itself where that changes nothing, or where the
+        routes were configured."""
+        if self._configured or tuple(self.routes) == tuple(models):
+            return self
+        table = copy.copy(self)
+        table.routes = {name: Route(name, name) for name in models}
+        table._uses = {}  # of other routes
+        return table
 
     def identify(self, token: bytes, now: float) -> Key:
         """The key behind a token; `now` in Unix seconds. ServeError invalid_key or expired_key."""
@@ -157,7 +172,10 @@ class KeyTable:
         return [route for name, route in self.routes.items() if key.may_use(name)]
 
     def route(self, key: Key, name: str) -> Route:
-        """ServeError model_not_found (naming what the key may use) or route_not_allowed."""
+        """ServeError model_not_found (naming what the key may use), route_not_allowed, or no_ready_engine before any
+        route is known."""
+        if not self.routes:
+            raise ServeError("no_ready_engine", "No engine has said yet which models it serves.", retry_after=5)
         route = self.routes.get(name)
         if route is None:
             known = ", ".join(r.name for r in self.allowed(key)) or "none"

@@ -20,6 +20,8 @@ def answer(relay: "Relay", state: "WorkerState") -> None:
     elif path == b"/readyz":
         if state.unready or state.draining or not state.keys.version:
             raise ServeError("draining", "This worker does not take requests.", retry_after=1)
+        if not state.keys.routes:
+            raise ServeError("no_ready_engine", "No engine has said yet which models it serves.", retry_after=5)
         relay.reply({"status": "ready"})
     elif path == b"/health":
         ready = sum(r.state in TAKES_REQUESTS for r in state.fleet.replicas)

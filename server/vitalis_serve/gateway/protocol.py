@@ -274,7 +274,7 @@ class ClientConnection(asyncio.Protocol):
             self._judge_head(relay)
         except ServeError as error:
             if relay.refusal is None:
-                relay.refusal = error
+                relay.refusal = error.with_traceback(None)
         if self._relay is None:
             self.phase = BODY
             # A body that is only read to be thrown away gets little time: its answer stands already.
@@ -432,8 +432,8 @@ class ClientConnection(asyncio.Protocol):
         self._relay = relay
         try:
             if relay.refusal is not None:
-                raise relay.refusal
-            if relay.api is not None:
+                relay.cut(relay.refusal)
+            elif relay.api is not None:
                 relay.start(body)
             else:
                 own.answer(relay, self._state)

@@ -185,7 +185,7 @@ class Relay:
             self.key,
             state.keys,
             self.headers,
-            harmony_model=state.options.harmony,
+            harmony_model=state.harmony,
             choices=len(state.fleet.replicas) > 1,
         )
         self.route, self._fallbacks = intake.route, intake.fallbacks
@@ -756,7 +756,7 @@ class Relay:
         state, now = self._state, self._state.now()
         self._count_failure(kind)
         # Harmony's parser fails so on these two, and the replica is well; if it is dead the next try will say so.
-        parser = self.stream and state.options.harmony and (self.dialect, kind) in harmony.UNSAID
+        parser = self.stream and state.harmony and (self.dialect, kind) in harmony.UNSAID
         if kind in SICK and not parser:
             self._sick(now)
         if kind in LOOKS_DEAD:
@@ -939,7 +939,7 @@ class Relay:
             told.completion_tokens = rates.after(now - self._sent_at, asked.output_tokens)
         elif self._events > 0 and not (told.completion_tokens and self._answers == 1):
             tokens = rates.generated(self._events)
-            if self._state.options.harmony:
+            if self._state.harmony:
                 tokens += usage.hidden(self._last, dialect, thought=self._thought, choices=self._answers)
             told.completion_tokens = tokens
         return told

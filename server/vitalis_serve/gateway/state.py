@@ -58,6 +58,7 @@ class WorkerState:
         self.rates: defaultdict[str, Rates] = defaultdict(Rates)  # by route
         self.keys: KeyTable = KeyTable.decode(b'{"version":0}')
         self.fleet = Fleet()
+        self.harmony = options.harmony  # gpt-oss is behind this gateway
         self.unready = False  # stopping soon: whoever asks /readyz may go elsewhere, requests are still taken
         self.draining = False
         self.date_line = b""  # the Date header, renewed by the sweep
@@ -99,6 +100,8 @@ class WorkerState:
             if pools.get(name) is not pool:
                 pool.retire()
         self._pools, self.fleet = pools, fleet
+        self.keys = self.keys.offering(fleet.models)
+        self.harmony = self.options.harmony or any("gpt-oss" in model.lower() for model in fleet.models)
         now = self.now()
         for replica in fleet.replicas:
             if (before := old.get(replica.name)) is not None and _crashed(before, replica):

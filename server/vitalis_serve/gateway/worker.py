@@ -173,7 +173,7 @@ class Worker:
     def _on_snapshot(self, document: bytes) -> None:
         table = KeyTable.decode(document)
         if table.version >= self.state.keys.version:
-            self.state.keys = table
+            self.state.keys = table.offering(self.state.fleet.models)
 
     # -- the sweep
 

@@ -1,7 +1,7 @@
 """Settings from their places: schema defaults, then the file, then its profile, then the environment.
 
-Maps merge key by key; anything else is replaced. Every error is one sentence with the file and line (or
-variable) of the key at fault.
+Maps merge key by key; anything else is replaced. Each layer must be right by itself, also where another one wins.
+Every error is one sentence with the file and line (or variable) of the key at fault.
 """
 
 import difflib
@@ -20,6 +20,8 @@ from vitalis_serve.settings.sources import KeyPath, Layer, read_yaml
 from vitalis_serve.settings.variables import environment_layer, setting_paths
 
 DEFAULT_FILE: Final = Path("config/gpt-oss.yaml")
+# In a checkout, and in our containers, config/ lies beside server/.
+_INSTALLATION: Final = Path(__file__).parents[3]
 _MODEL: Final = ("model",)
 _MAPS: Final = (("engines", "engine_args"), ("engines", "engine_env"))
 # Ours to decide: said twice, they would contradict the rest of the configuration.
@@ -49,38 +51,50 @@ class Resolved:
         return _place(self.layers, path) or "default"
 
 
-def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
-    """The settings in force. Raises ConfigurationError: one sentence naming place, key and remedy."""
-    return resolve(path, environ).settings
+def companion(file: Path, name: str) -> Path:
+    """The file `name` (`profiles/h200.yaml`) that goes with a configuration file: beside it, else the one shipped."""
+    beside, shipped = file.parent / name, _INSTALLATION / "config" / name
+    return shipped if shipped.is_file() and not beside.is_file() else beside
+
+
+def load(path: Path | None, environ: Mapping[str, str], *, engines_here: bool = True) -> Settings:
+    """The settings in force. Raises ConfigurationError: one sentence naming place, key and remedy.
+
+    engines_here: False where the engines are somebody else's. This machine's GPUs then say nothing about them, so the
+    profile `auto` adds nothing and stays `auto`.
+    """
+    return resolve(path, environ, gpus=gpu_models if engines_here else None).settings
 
 
 def resolve(
     path: Path | None,
     environ: Mapping[str, str],
     *,
-    gpus: Callable[[], Sequence[GpuModel]] = gpu_models,
+    gpus: Callable[[], Sequence[GpuModel]] | None = gpu_models,
 ) -> Resolved:
-    """As `load`, with the origins. `gpus` is asked only where the profile is `auto`."""
+    """As `load`, with the origins. `gpus` is asked only where the profile is `auto`; None: the engines are not here."""
     file = _file(path, environ)
-    base = read_yaml(file)
-    outer = environment_layer(environ)
+    base, outer = _normalised(read_yaml(file)), _normalised(environment_layer(environ))
+    # Before the profile is looked for: what is wrong in a file must not hide behind what is wrong beside it.
+    _check(base)
+    _check(outer)
     name, reason = _profile(base, outer, gpus)
-    overlay_file = file.parent / "profiles" / f"{name}.yaml"
-    overlay = _profile_layer(overlay_file, _place([base, outer], ("profile",)) or "profile")
-    layers = tuple(_source_cleared(_normalised(layer)) for layer in (base, overlay, outer))
+    overlay_file = companion(file, f"profiles/{name}.yaml")
+    overlay = Layer(name, {}, {}, {})
+    if name != "auto":
+        overlay = _profile_layer(file, overlay_file, _place([base, outer], ("profile",)) or "profile")
+    layers = tuple(_source_cleared(layer) for layer in (base, overlay, outer))
 
-    values = Settings().model_dump()
-    values["engines"] |= {"engine_args": {}, "engine_env": {}}
+    values = _defaults()
     for layer in layers:
-        _refuse_unknown(layer)
         values = _merge(values, layer.values)
     values["profile"] = name
-    _check_args(values, layers)
     settings = _validated(values, layers)
     _refuse_placeholders(settings, environ, layers)
     routes = settings.routes or (Route(name=settings.model.name),)
     routes = tuple(r if r.model else r.model_copy(update={"model": _route_model(r, settings)}) for r in routes)
-    return Resolved(settings.model_copy(update={"routes": routes}), (file, overlay_file), layers, reason)
+    files = (file, overlay_file) if name != "auto" else (file,)
+    return Resolved(settings.model_copy(update={"routes": routes}), files, layers, reason)
 
 
 def _route_model(route: Route, settings: Settings) -> str:
@@ -93,33 +107,69 @@ def _file(path: Path | None, environ: Mapping[str, str]) -> Path:
         return path
     if environ.get("VITALIS_CONFIG"):
         return Path(environ["VITALIS_CONFIG"])
-    # A checkout works from any folder: config/ lies beside server/.
-    beside = Path(__file__).parents[3] / DEFAULT_FILE
+    # A checkout works from any folder.
+    beside = _INSTALLATION / DEFAULT_FILE
     return beside if not DEFAULT_FILE.exists() and beside.exists() else DEFAULT_FILE
 
 
-def _profile(base: Layer, outer: Layer, gpus: Callable[[], Sequence[GpuModel]]) -> tuple[str, str]:
+def _profile(base: Layer, outer: Layer, gpus: Callable[[], Sequence[GpuModel]] | None) -> tuple[str, str]:
     wanted = outer.values.get("profile", base.values.get("profile", "auto"))
-    place = _place([base, outer], ("profile",)) or "default"
-    if not isinstance(wanted, str) or not wanted.replace("-", "").isalnum():
-        raise ConfigurationError(f"{place}: profile must be the name of a file in profiles/, or auto")
     if wanted != "auto":
-        return wanted, place
+        return str(wanted), _place([base, outer], ("profile",)) or "default"
+    if gpus is None:
+        return "auto", "auto: no engine is started here"
     found = tuple(gpus())
     name = profile_for(found)
     return name, f"auto: {f'{len(found)} x {found[0].name}' if found else 'no GPU found'}"
 
 
-def _profile_layer(file: Path, place: str) -> Layer:
-    if not file.is_file():
-        known = sorted(other.stem for other in file.parent.glob("*.yaml"))
-        near = difflib.get_close_matches(file.stem, known, n=1)
+def _profile_layer(file: Path, overlay: Path, place: str) -> Layer:
+    if not overlay.is_file():
+        folders = dict.fromkeys(
+            folder.resolve() for folder in (file.parent / "profiles", _INSTALLATION / "config" / "profiles")
+        )
+        there = [folder for folder in folders if folder.is_dir()] or list(folders)[:1]
+        known = sorted({other.stem for folder in there for other in folder.glob("*.yaml")})
+        near = difflib.get_close_matches(overlay.stem, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
-        raise ConfigurationError(f"{place}: there is no profile {file.stem} in {file.parent}; {remedy}")
-    layer = read_yaml(file)
+        where = " or ".join(str(folder) for folder in there)
+        raise ConfigurationError(f"{place}: there is no profile {overlay.stem} in {where}; {remedy}")
+    layer = _normalised(read_yaml(overlay))
     if "profile" in layer.values:
         raise ConfigurationError(f"{layer.place(('profile',))}: a profile cannot name a profile; remove the key")
+    _check(layer)
     return layer
+
+
+def _defaults() -> dict[str, Any]:
+    values = Settings().model_dump()
+    values["engines"] |= {"engine_args": {}, "engine_env": {}}
+    return values
+
+
+def _check(layer: Layer) -> None:
+    """Raises ConfigurationError for what is wrong in this layer whatever the others say."""
+    _refuse_unknown(layer)
+    _refuse_reserved(layer)
+    profile = layer.values.get("profile", "auto")
+    if not isinstance(profile, str) or not profile.replace("-", "").isalnum():
+        raise ConfigurationError(
+            f"{layer.place(('profile',))}: profile must be the name of a file in profiles/, or auto"
+        )
+    values = _merge(_defaults(), layer.values) | {"profile": "auto"}  # whether there is that profile is said later
+    try:
+        Settings.model_validate(values)
+    except ValidationError as error:
+        # What contradicts another key may be right with the other layers.
+        problems = [dict(problem) for problem in error.errors(include_url=False) if not _is_between_keys(problem)]
+        if problems:
+            raise _refusal(problems, [layer]) from None
+
+
+def _is_between_keys(problem: Mapping[str, Any]) -> bool:
+    above = tuple(problem["loc"])
+    inner = any(len(path) > len(above) and path[: len(above)] == above for path in setting_paths())
+    return inner and problem["type"] == "value_error"
 
 
 def _place(layers: Sequence[Layer], path: KeyPath) -> str | None:
@@ -249,30 +299,33 @@ def _nearest(path: KeyPath, section: type[BaseModel]) -> str:
     return f"; known here: {', '.join(_keys(section))}"
 
 
-def _check_args(values: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-    args = values["engines"]["engine_args"]
-    for name in args if isinstance(args, Mapping) else ():
+def _refuse_reserved(layer: Layer) -> None:
+    engines = layer.values.get("engines")
+    args = engines.get("engine_args") if isinstance(engines, Mapping) else None
+    for name, value in args.items() if isinstance(args, Mapping) else ():
         remedy = RESERVED_ARGS.get(name)
-        if remedy and args[name] is not None:
+        if remedy and value is not None:
             path = (*_MAPS[0], name)
-            raise ConfigurationError(f"{_place(layers, path)}: {'.'.join(path)} is not yours to set; {remedy}")
+            raise ConfigurationError(f"{layer.place(path)}: {'.'.join(path)} is not yours to set; {remedy}")
 
 
 def _validated(values: Mapping[str, Any], layers: Sequence[Layer]) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        first = problems[0]
-        path = tuple(str(part) for part in first["loc"])
-        path = _known_part(path)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        sentence = _sentence(path, dict(first))
-        # What is wrong only together has no path of its own, but names the keys.
-        blamed = (path,) if path else tuple(key for key in setting_paths() if ".".join(key) in sentence)
-        places = dict.fromkeys(place for key in blamed if (place := _place(layers, key)))
-        where = ", ".join(places) or (layers[0].name if layers else "settings")
-        raise ConfigurationError(f"{where}: {sentence}{more}") from None
+        raise _refusal([dict(problem) for problem in error.errors(include_url=False)], layers) from None
+
+
+def _refusal(problems: Sequence[Mapping[str, Any]], layers: Sequence[Layer]) -> ConfigurationError:
+    first = problems[0]
+    path = _known_part(tuple(str(part) for part in first["loc"]))
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    sentence = _sentence(path, first)
+    # What is wrong only together has no path of its own, but names the keys.
+    blamed = (path,) if path else tuple(key for key in setting_paths() if ".".join(key) in sentence)
+    places = dict.fromkeys(place for key in blamed if (place := _place(layers, key)))
+    where = ", ".join(places) or (layers[0].name if layers else "settings")
+    return ConfigurationError(f"{where}: {sentence}{more}")
 
 
 def _known_part(path: KeyPath) -> KeyPath:
@@ -315,7 +368,8 @@ def _sentence(path: KeyPath, problem: Mapping[str, Any]) -> str:
         name, words = _BOUNDS[kind]
         return f"{key} is {shown}; it must be {words} {context[name]}"
     if kind == "literal_error":
-        near = difflib.get_close_matches(str(given), str(context["expected"]).replace("'", "").split(), n=1)
+        known = str(context["expected"]).replace("'", "").split()
+        near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.7)  # "gpu" is not a mistyped "cpu"
         hint = f" (did you mean {near[0].strip(',')}?)" if near else ""
         return f"{key} is {shown}; it must be {context['expected']}{hint}"
     if kind == "missing":

@@ -77,17 +77,21 @@ class Hasten:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The model gave a right answer to a real request."""
+    """The model gave a right answer to a real request. `models`: what the engine said that it serves, where it was
+    asked."""
+
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
     """A cheap look at a serving engine. `working`: requests run there (its count or the gateway's); `moved`:
-    its counters differ from the last look; `full`: as many run as it has slots."""
+    its counters differ from the last look; `full`: as many run as it has slots; `models`: as in Answered."""
 
     working: bool
     moved: bool
     full: bool = False
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,8 @@ Ending = Literal["", "stop", "restart", "crash"]
 @dataclass(frozen=True, slots=True)
 class Life:
     """`deadline` is the one instant at which the next Tick matters: end of starting, of back-off, of a drain
-    or of a termination. `proof_at`: when it was last seen well (idle and healthy, or moving)."""
+    or of a termination. `proof_at`: when it was last seen well (idle and healthy, or moving). `models`: what it said
+    last that it serves, where it is asked; kept while it is away."""
 
     state: State = State.PLANNED
     incarnation: int = 0
@@ -160,6 +165,7 @@ class Life:
     after: Literal["stop", "restart"] = "stop"  # what a drain leads to
     ending: Ending = ""
     detail: str = ""
+    models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert not (self.state in RESTING and self.ending), "a replica at rest has nothing to end"
@@ -203,7 +209,8 @@ def _start(life: Life, now: float, policy: Policy) -> Step:
     starting = _to(
         life,
         State.STARTING,
-        incarnation=life.incarnation + 1,
+        # An engine that is not ours is only asked again: what was known about it holds.
+        incarnation=life.incarnation + 1 if policy.owned else 1,
         deadline=now + policy.start_seconds if policy.owned else None,
         ready_at=None,
         proof_at=now,
@@ -315,9 +322,10 @@ def _seen(life: Life, event: Event, now: float, policy: Policy) -> Step:
     if life.ending or not (life.state in SERVING or life.state is State.STARTING):
         return life, ()
     match event:
-        case Answered():
-            return _well(life, State.READY, now), ()
-        case Observed(working, moved, full) if life.state in SERVING:
+        case Answered(models):
+            return _well(replace(life, models=models or life.models), State.READY, now), ()
+        case Observed(working, moved, full, models) if life.state in SERVING:
+            life = replace(life, models=models or life.models)
             # Out of suspect only by proof: a frozen vLLM with nothing counted as running looks idle and
             # healthy.
             if moved or (not working and life.state is not State.SUSPECT):

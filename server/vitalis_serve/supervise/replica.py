@@ -48,11 +48,22 @@ class Sight:
     kv_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The models that an engine says it serves, the base model first; `reason` where it says none."""
+
+    models: tuple[str, ...] = ()
+    reason: str = ""
+
+
 class Prober(Protocol):
     """How to ask an engine, for those who know what engines are. Deadlines are `loop.time()` instants."""
 
-    async def answers(self, deadline: float) -> str:
-        """A real request: "" if the answer was right, else what was wrong."""
+    async def models(self, deadline: float) -> Listing:
+        """What it says that it serves."""
+
+    async def answers(self, model: str, deadline: float) -> str:
+        """A real request to `model`: "" if the answer was right, else what was wrong."""
 
     async def look(self, deadline: float) -> Sight:
         """A cheap look."""
@@ -60,8 +71,9 @@ class Prober(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """What one replica is. `argv` is None for an engine somebody else runs. `clear` waits until there is room
-    for another start (GPU memory of the last one seen free); `remedy` reads last log lines."""
+    """What one replica is. `models` is () where the engine itself is asked, again at every probe. `argv` is None for
+    an engine somebody else runs. `clear` waits until there is room for another start (GPU memory of the last one
+    seen free); `remedy` reads last log lines."""
 
     name: str
     address: str
@@ -122,7 +134,7 @@ class ReplicaTask:
             self.spec.name,
             self.spec.address,
             life.state,
-            self.spec.models,
+            self.spec.models or life.models,
             self.spec.slots,
             life.incarnation,
             life.detail,
@@ -187,11 +199,12 @@ class ReplicaTask:
                 self.started_at = time.monotonic()
             if life.state is ReplicaState.FAILED:
                 self._show_last_lines()
-        if (life.state, life.incarnation, life.detail, life.ending) != (
+        if (life.state, life.incarnation, life.detail, life.ending, life.models) != (
             was.state,
             was.incarnation,
             was.detail,
             was.ending,
+            was.models,
         ):
             self._look_now.set()
             self._publish()
@@ -342,8 +355,11 @@ class ReplicaTask:
             return
 
     async def _ask(self, deadline: float) -> Event:
-        wrong = await self.spec.prober.answers(deadline)
-        return lifecycle.ProbeFailed(wrong) if wrong else lifecycle.Answered()
+        said = await self._listed(deadline)
+        if not said.models:
+            return lifecycle.ProbeFailed(f"it has not said yet which models it serves ({said.reason})")
+        wrong = await self.spec.prober.answers(said.models[0], deadline)
+        return lifecycle.ProbeFailed(wrong) if wrong else lifecycle.Answered(said.models)
 
     async def _look(self, deadline: float, before: Hashable) -> tuple[Event, Hashable]:
         sight = await self.spec.prober.look(deadline)
@@ -352,6 +368,13 @@ class ReplicaTask:
         if sight.kv_tokens != self._kv_tokens:
             self._kv_tokens = sight.kv_tokens
             self._publish()
+        said = await self._listed(deadline)
+        if said.models and self.life.models[0] not in said.models:
+            # Somebody started it anew with another model: that is offered once it answers.
+            answered = await self._ask(deadline)
+            if isinstance(answered, lifecycle.ProbeFailed):
+                return lifecycle.ProbeFailed(f"it serves other models now: {answered.reason}", refused=True), before
+            return answered, sight.counters
         at_gateway = await self._in_flight(self.spec.name)
         moved = before is not None and sight.counters != before
         working = sight.running > 0 or at_gateway > 0
@@ -359,7 +382,10 @@ class ReplicaTask:
             # Idle and silent proves nothing: a frozen engine looks like that. A real answer does.
             return await self._ask(deadline), sight.counters
         full = max(sight.running, at_gateway) >= self.spec.slots
-        return lifecycle.Observed(working, moved, full), sight.counters
+        return lifecycle.Observed(working, moved, full, said.models), sight.counters
+
+    async def _listed(self, deadline: float) -> Listing:
+        return Listing(self.spec.models) if self.spec.models else await self.spec.prober.models(deadline)
 
 
 _TROUBLE = frozenset({ReplicaState.SUSPECT, ReplicaState.BACKOFF, ReplicaState.FAILED})

@@ -8,11 +8,11 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 from vitalis_serve.errors import ConfigurationError
-from vitalis_serve.fleet import Fleet, Replica, ReplicaState
+from vitalis_serve.fleet import TAKES_REQUESTS, Fleet, Replica, ReplicaState
 from vitalis_serve.supervise import lifecycle
 from vitalis_serve.supervise.journal import Journal
 from vitalis_serve.supervise.output import Output
@@ -21,6 +21,7 @@ from vitalis_serve.supervise.replica import ReplicaSpec, ReplicaTask
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+TAKE_BACK_SECONDS = 10.0  # an engine that is not ours may be away for good: no order waits for it
 STOP_MARGIN_SECONDS = 25.0  # a keeper's own deadlines, twice over: beyond it nothing is waited for
 
 
@@ -151,14 +152,17 @@ class Replicas:
 
     # Orders
 
-    @contextlib.contextmanager
-    def _carrying_out(self, what: str, **journal: object) -> Iterator[None]:
-        """While entered no other order begins. A stop of the supervisor leaves the order in the journal:
-        resumed."""
+    def _check_free(self) -> None:
         if self._make is None:
             raise OrderError("the engines are still being prepared: try again in a while")
         if self._order:
             raise OrderError(f"another order is being carried out ({self._order}): try again when it is done")
+
+    @contextlib.contextmanager
+    def _carrying_out(self, what: str, **journal: object) -> Iterator[None]:
+        """While entered no other order begins. A stop of the supervisor leaves the order in the journal:
+        resumed."""
+        self._check_free()
         try:
             self._journal.write(**journal)
         except OSError as exc:
@@ -229,8 +233,11 @@ class Replicas:
         return f"{name} is stopped, until it is restarted"
 
     async def restart(self, name: str | None, say: Say) -> str:
-        """One after the other: drained, stopped, started, ready, and only then the next."""
+        """One after the other: drained, stopped, started, ready, and only then the next. Of engines that are not
+        ours, those that were drained take requests again, and no other."""
         chosen = list(self) if name is None else [self.find(name)]
+        if any(not replica.spec.policy.owned for replica in chosen):
+            return await self._take_back(chosen, say)
         names = [replica.spec.name for replica in chosen]
         stopped = tuple(n for n in self._journal.desired.stopped if n not in names)
         with self._carrying_out(
@@ -244,6 +251,28 @@ class Replicas:
                 await self._until_up(replica)
                 say(f"{replica.spec.name} is ready")
         return f"restarted {', '.join(names) or 'nothing: there are no replicas'}"
+
+    async def _take_back(self, chosen: Sequence[ReplicaTask], say: Say) -> str:
+        """An engine that is not ours is asked again; whether it runs is for others to see to."""
+        self._check_free()
+        drained = [replica for replica in chosen if replica.life.state is ReplicaState.STOPPED]
+        names = [replica.spec.name for replica in drained]
+        if not drained:
+            some = ", ".join(replica.spec.name for replica in chosen)
+            raise OrderError(f"{some}: not restarted, because given by address and not ours: restart it where it runs")
+        stopped = tuple(n for n in self._journal.desired.stopped if n not in names)
+        order = {"command": "restart", "replicas": names}
+        with self._carrying_out(f"restart {', '.join(names)}", stopped=stopped, order=order):
+            deadline = asyncio.get_running_loop().time() + TAKE_BACK_SECONDS
+            for replica in drained:
+                say(f"asking {replica.spec.name}")
+                replica.post(lifecycle.Start())
+            up = [await replica.until(lambda life: life.state in TAKES_REQUESTS, deadline) for replica in drained]
+        return "; ".join(
+            f"{name} takes requests again{'' if is_up else ' as soon as it answers'};"
+            " it was not restarted, because it is not ours"
+            for name, is_up in zip(names, up, strict=True)
+        )
 
     async def _drain_one(self, replica: ReplicaTask) -> None:
         policy = replica.spec.policy

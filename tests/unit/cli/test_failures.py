@@ -24,7 +24,11 @@ def config(tmp_path: Path) -> Path:
     ("words", "code", "sentence"),
     [
         (("smoke", "--key", "k"), 1, "the gateway at 127.0.0.1:1 did not answer as it should: "),
-        (("smoke",), 2, "no key: give --key or VITALIS_KEY"),
+        (
+            ("smoke",),
+            2,
+            "no key: paste the line `export VITALIS_KEY=...` that the first start has shown, or give --key",
+        ),
         (("fleet", "status"), 1, "nothing runs on the data folder "),
         (("fleet", "scale", "many"), 2, "REPLICAS 'many': give a whole number from 0 to 1024, for example "),
         (("fleet", "scale", "1025"), 2, "REPLICAS '1025': give a whole number"),

@@ -94,6 +94,17 @@ def test_routes_to_other_models_are_noted(run, python):
     assert "note: route chat maps to smollm, which these engines do not serve (they serve smollm2-135m)" in done.stdout
 
 
+def test_a_file_elsewhere_is_checked_with_what_is_shipped(run, tmp_path):
+    (tmp_path / "my.yaml").write_text("engines:\n  slots: 7\n")
+    words = ("--config", str(tmp_path / "my.yaml"), "--inventory", str(INVENTORIES / "1xh200.json"))
+    done = run("check-config", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"note: engines.slots: 7 at {tmp_path}/my.yaml:2 is overridden by profile h200: 512 at " in done.stdout
+    done = run("plan", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "slots 512\nfits\n" in done.stdout
+
+
 @pytest.mark.parametrize("command", ["check-config", "plan", "doctor"])
 def test_a_mistyped_key_is_one_sentence_and_exit_2(run, tmp_path, command):
     (tmp_path / "bad.yaml").write_text("gateway:\n  prot: 1\n")
@@ -129,6 +140,16 @@ def test_a_plan_can_be_planned_again(run, tmp_path):
     first = run("plan", "--json", "--inventory", str(INVENTORIES / "2xrtx.json")).stdout
     (tmp_path / "saved.json").write_text(first)
     assert run("plan", "--json", "--inventory", str(tmp_path / "saved.json")).stdout == first
+
+
+@pytest.mark.parametrize("profile", ["h200", "h100", "a100", "l40s", "rtx-24gb", "rtx-16gb"])
+def test_a_gpu_s_profile_without_a_gpu_does_not_fit(run, tmp_path, profile):
+    (tmp_path / "none.json").write_text('{"cores": [[0], [1]], "memory_bytes": 25000000000, "gpus": [], "links": []}')
+    done = run("plan", "--inventory", str(tmp_path / "none.json"), VITALIS_PROFILE=profile)
+    assert done.returncode == 1
+    assert "does not fit: engines.device is cuda but no GPU was found; " in done.stdout
+    assert "CPU" not in done.stdout
+    assert "\nfits" not in done.stdout
 
 
 def test_plan_says_what_does_not_fit(run):

@@ -1,10 +1,11 @@
 """Which GPUs and cores replicas get, on recorded machines."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 from vitalis_serve.engines.gpus import Inventory, _cores, _visible
-from vitalis_serve.engines.placement import device_of, place
+from vitalis_serve.engines.placement import check_heads, device_of, place
 from vitalis_serve.errors import ConfigurationError
 
 
@@ -70,11 +71,33 @@ def test_heads_must_divide(configured, machine, shapes):
     assert len(place(settings, machine("8xh100"), shapes["smollm2-135m"])) == 1
 
 
+@pytest.mark.parametrize(("model", "right"), [("gpt-oss-20b", {1, 2, 4, 8, 16, 32, 64}), ("smollm2-135m", {1, 3, 9})])
+def test_heads_are_cut_as_vllm_cuts_them(configured, shapes, model, right):
+    """Attention heads evenly; key-value heads evenly, or each copied to several ranks."""
+    allowed = set()
+    for width in range(1, 65):
+        with contextlib.suppress(ConfigurationError):
+            check_heads(configured("h100", ENGINES_TENSOR_PARALLEL=str(width)), shapes[model])
+            allowed.add(width)
+    assert allowed == right
+
+
+def test_the_model_is_named_as_configured(configured, shapes):
+    """Not as its folder in the cache, which is where an architecture read from files has its name from."""
+    cached = replace(shapes["smollm2-135m"], name="smollm2-135m-53fddd6a78cc3ef5")
+    with pytest.raises(ConfigurationError, match="is 2 but smollm2-135m has 9 attention heads and 3 key-value heads"):
+        check_heads(configured("cpu-demo", ENGINES_TENSOR_PARALLEL="2"), cached)
+    with pytest.raises(ConfigurationError, match="is 2 but /weights/mine has 9 attention heads"):
+        check_heads(configured("h100", ENGINES_TENSOR_PARALLEL="2", MODEL_FOLDER="/weights/mine"), cached)
+
+
 def test_no_gpu_where_one_is_asked_for(configured, machine):
     with pytest.raises(ConfigurationError, match="no GPU was found"):
         place(configured("h100", ENGINES_DEVICE="cuda"), Inventory())
-    assert device_of(configured("h100"), Inventory()) == "cpu"
-    assert device_of(configured("h100"), machine("1xh200")) == "cuda"
+    with pytest.raises(ConfigurationError, match="no GPU was found"):
+        place(configured("h100"), Inventory())
+    assert device_of(configured("h100", ENGINES_DEVICE="auto"), Inventory()) == "cpu"
+    assert device_of(configured("h100", ENGINES_DEVICE="auto"), machine("1xh200")) == "cuda"
 
 
 @pytest.mark.parametrize(

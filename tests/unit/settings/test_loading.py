@@ -6,6 +6,7 @@ import pytest
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.settings import load, resolve
 from vitalis_serve.settings.hardware import GIB, GpuModel, profile_for
+from vitalis_serve.settings.overrides import overridden
 from vitalis_serve.settings.schema import Route
 
 CPU = {"VITALIS_PROFILE": "plain"}
@@ -58,6 +59,84 @@ def test_place_of_a_source_that_was_replaced_is_what_replaced_it(write):
     resolved = resolve(path, CPU)
     assert resolved.settings.model.hub is None
     assert resolved.place(("model", "hub")).endswith("plain.yaml:3")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("engines:\n  slots: many", ":2: engines.slots is 'many'; it must be a whole number"),
+        ("engines:\n  device: gpu", ":2: engines.device is 'gpu'; it must be 'auto', 'cuda' or 'cpu'"),
+        ("engines:\n  engine_args: {uds: /x}", ":2: engines.engine_args.uds is not yours to set"),
+        ("gateway: {port: on}\nmodel:\n  hub: [1]", ":1: gateway.port must be a number (and 1 more)"),
+        ("routes: [{name: a}, {name: a}]", ":1: routes: a is there more than once"),
+        ("profile: [x]", ":1: profile must be the name of a file"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_said_although_others_win(write, text, words):
+    winning = "engines: {slots: 5, device: cpu, engine_args: {uds: null}}\nmodel: {build: gpt-oss-tiny}\n"
+    environ = CPU | {"VITALIS_GATEWAY_PORT": "5", "VITALIS_ROUTES": "[{name: b}]"}
+    message = refusal(write(text, winning), environ)
+    assert f"gpt-oss.yaml{words}" in message
+    assert "did you mean" not in message
+
+
+def test_what_is_wrong_in_the_profile_is_said_although_a_variable_wins(write):
+    message = refusal(write("", "engines:\n  slots: many"), CPU | {"VITALIS_ENGINES_SLOTS": "5"})
+    assert "profiles/plain.yaml:2: engines.slots is 'many'" in message
+
+
+def test_a_layer_may_contradict_what_another_one_mends(write):
+    """Each of these is refused where nothing else is given."""
+    text = "control: {port: 8080}\ngateway: {max_bodies_bytes: 4096}\nmodel: {hub: null}\n"
+    settings = load(
+        write(text, "gateway: {port: 9000}\nmodel: {build: gpt-oss-tiny}"),
+        CPU | {"VITALIS_GATEWAY_MAX_BODY_BYTES": "2048"},
+    )
+    assert (settings.gateway.port, settings.control.port, settings.gateway.max_body_bytes) == (9000, 8080, 2048)
+
+
+def test_what_the_profile_takes_from_the_file_is_named(write):
+    path = write(
+        "engines:\n  slots: 7\n  replicas: 2\n  device: auto\n  engine_args: {max_model_len: 99, seed: 1}\n"
+        "  engine_env: {MY_KEY: s3cr3t}\nmodel:\n  folder: /own\n",
+        "engines:\n  slots: 512\n  replicas: 2\n  device: cpu\n  engine_args: {max-model-len: 4096}\n"
+        "  engine_env: {MY_KEY: other}\nmodel:\n  build: gpt-oss-tiny\n",
+    )
+    profile = path.parent / "profiles/plain.yaml"
+    said = {sentence.split(":")[0]: sentence for sentence in overridden(resolve(path, CPU))}
+    assert set(said) == {"engines.slots", "engines.engine_args.max-model-len", "engines.engine_env.MY_KEY",
+                         "model.folder"}  # fmt: skip
+    assert said["engines.slots"] == (
+        f"engines.slots: 7 at {path}:2 is overridden by profile plain: 512 at {profile}:2;"
+        " to have yours, set VITALIS_ENGINES_SLOTS or write a profile of your own"
+    )
+    assert "set VITALIS_ENGINES_ENGINE_ARGS or" in said["engines.engine_args.max-model-len"]
+    assert f"model.folder: /own at {path}:8 is overridden by profile plain: null at {profile}:8" in said["model.folder"]
+    assert "s3cr3t" not in said["engines.engine_env.MY_KEY"] + str(said)
+    assert "engines.slots" not in str(overridden(resolve(path, CPU | {"VITALIS_ENGINES_SLOTS": "9"})))
+
+
+def test_a_file_elsewhere_finds_the_shipped_profiles(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("gateway: {port: 1234}")
+    resolved = resolve(path, {}, gpus=tuple)
+    assert (resolved.settings.profile, resolved.settings.model.package) == ("cpu-demo", "smollm2-135m")
+    assert resolved.settings.gateway.port == 1234
+    assert refusal(path, {"VITALIS_PROFILE": "h20"}).endswith("config/profiles; did you mean h200?")
+
+
+def test_a_profile_beside_the_file_comes_before_the_shipped_one(write):
+    path = write("")
+    (path.parent / "profiles" / "h200.yaml").write_text("engines: {slots: 7}")
+    assert load(path, {"VITALIS_PROFILE": "h200"}).engines.slots == 7
+    assert load(path, {"VITALIS_PROFILE": "h100"}).engines.slots == 256
+    assert refusal(path, {"VITALIS_PROFILE": "h20"}).endswith("did you mean h200?")
+
+
+def test_a_mistyped_key_is_said_before_a_missing_profile(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("profile: none\ngatway: {port: 1}")
+    assert "my.yaml:2: gatway is not a known key" in refusal(path, {})
 
 
 def test_routes_default_to_the_model(write):

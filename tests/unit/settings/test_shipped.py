@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 from vitalis_serve.settings import Settings, resolve
+from vitalis_serve.settings.overrides import overridden
 from vitalis_serve.settings.schema import Route
 from vitalis_serve.settings.sources import read_yaml
 from vitalis_serve.settings.variables import OTHER_VARIABLES, PREFIX, VARIABLES, setting_paths
@@ -71,6 +72,8 @@ def test_uncommented_lines_of_the_environment_file_set_nothing():
 def test_profiles_load(profile):
     settings = resolve(CONFIG / "gpt-oss.yaml", {"VITALIS_PROFILE": profile}).settings
     assert settings.profile == profile
+    # Its own defaults are no wish that the profile goes against.
+    assert overridden(resolve(CONFIG / "gpt-oss.yaml", {"VITALIS_PROFILE": profile})) == []
     assert settings.routes[0].name == settings.model.name
     if profile.startswith("cpu"):
         assert settings.engines.device == "cpu"

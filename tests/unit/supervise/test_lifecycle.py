@@ -141,6 +141,19 @@ def test_an_external_engine_is_never_spawned_nor_killed():
     assert (life.state, actions) == (State.STOPPED, ())
 
 
+def test_an_external_engine_keeps_its_incarnation_and_its_models_over_a_drain():
+    policy = lc.Policy(owned=False)
+    life, _ = after(lc.Start(), lc.Answered(("a", "b")), lc.Stop(0), lc.Start(), policy=policy)
+    assert (life.state, life.incarnation, life.restarts, life.models) == (State.STARTING, 1, 0, ("a", "b"))
+
+
+def test_models_are_what_was_said_last():
+    life, _ = after(lc.Start(), lc.Answered(("a",)))
+    life, _ = after(lc.Observed(working=False, moved=False), lc.ProbeFailed("no", refused=True), life=life)
+    assert life.models == ("a",)
+    assert after(lc.Observed(working=True, moved=True, models=("a", "b")), life=life)[0].models == ("a", "b")
+
+
 def test_every_state_is_in_the_table_and_can_be_reached():
     assert set(lc.TRANSITIONS) == set(State)
     assert set().union(*lc.TRANSITIONS.values()) == set(State) - {State.PLANNED}
