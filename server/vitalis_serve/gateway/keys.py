@@ -128,7 +128,7 @@ class KeyTable:
     """One snapshot, indexed. Build a new one for a new snapshot and replace it by assignment."""
 
     __slots__ = (
-        "_by_digest", "_cache_groups", "_cache_secret", "_configured", "_salts", "_uses", "policies", "routes",
+        "_by_digest", "_cache_groups", "_cache_secret", "_configured", "_salts", "uses", "policies", "routes",
         "version",
     )  # fmt: skip
 
@@ -140,7 +140,7 @@ class KeyTable:
         self._cache_groups = {t.name: t.cache_group for t in snapshot.tenants if t.cache_group}
         self._cache_secret = snapshot.cache_secret.encode() or os.urandom(32)
         self._salts: dict[str, msgspec.Raw] = {}
-        self._uses: dict[tuple[str, str], Use] = {}
+        self.uses: dict[tuple[str, str], Use] = {}
         self._configured = bool(self.routes)
 
     @staticmethod
@@ -155,7 +155,7 @@ class KeyTable:
             return self
         table = copy.copy(self)
         table.routes = {name: Route(name, name) for name in models}
-        table._uses = {}  # of other routes
+        table.uses = {}  # of other routes
         return table
 
     def identify(self, token: bytes, now: float) -> Key:
@@ -191,10 +191,10 @@ class KeyTable:
 
     def use(self, key: Key, model: str) -> Use:
         """As `route`, with all that the key gets there."""
-        found = self._uses.get((key.id, model))
+        found = self.uses.get((key.id, model))
         if found is None or found.key is not key:  # one of an older snapshot may come late
             route = self.route(key, model)
-            found = self._uses[key.id, model] = Use(
+            found = self.uses[key.id, model] = Use(
                 key,
                 route,
                 route.class_for(key),

@@ -92,12 +92,12 @@ class Seat:
                 slots = self.common_slots
         if self.in_flight >= slots:
             return "no free slot"
-        if self.in_flight:
-            taken = self.prefill
-            if taken and prefill and taken + demand.prompt_tokens > prefill:
-                return "no prefill room"
-            if kv and self.kv + demand.prompt_tokens + demand.output_tokens > kv:
-                return "no KV room"
+        taken = self.prefill
+        if taken and prefill and taken + demand.prompt_tokens > prefill:
+            return "no prefill room"
+        taken = self.kv
+        if taken and kv and taken + demand.prompt_tokens + demand.output_tokens > kv:
+            return "no KV room"
         if not self.takes:
             return "takes no requests"
         if not self.open:
