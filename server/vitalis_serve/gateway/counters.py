@@ -59,7 +59,10 @@ class RouteCounts:
         self.first_byte.observe(first_byte)
         if stream:
             self.first_token.observe(first_byte)
-        self.queue.observe(queued)
+        if queued:
+            self.queue.observe(queued)
+        else:
+            self.queue.counts[0] += 1
 
     def count(self, usage: Usage) -> None:
         """A request's tokens; estimated ones apart, so that the others are what the engines counted."""

@@ -882,8 +882,6 @@ class Relay:
             difference = used.prompt_tokens - asked.prompt_tokens + OUTPUT_WEIGHT * (completion - asked.output_tokens)
             state.admission.settle(asked.tenant, asked.class_, difference, asked.weight)
         if outcome == "ok":
-            if completion and not used.completion_estimated:
-                state.estimates.learn(self.route, asked.tenant, asked.output_tokens, completion)
             if self._digest:
                 state.killers.cleared(self._digest)
             counts.observe(total, first, self.queued_seconds, stream=self.stream)
@@ -921,14 +919,22 @@ class Relay:
         """As the engine counted; where it could not say, as is estimated. What finishes teaches what does not."""
         told, rates = self._told, self._state.rates[self.route]
         if told is not None and (self._told_all or (outcome == "ok" and not self.stream)):
-            if outcome == "ok" and self._sent_at:
-                rates.learn(told, self._demand.body_bytes, now - self._sent_at)
-                if self.stream:
-                    rates.learn_stream(self.dialect, self._events, told.completion_tokens, self._answers)
+            if outcome == "ok" and self._sent_at and now >= rates.next_at:
+                self._teach(rates, told, now)
             return told
         if not self._sent_at or self.api is None or not self.api.streams:
             return Usage()
         return self._estimated(rates, now)
+
+    def _teach(self, rates: usage.Rates, used: Usage, now: float) -> None:
+        """What finished says of what is to come. Of a thousand a second it is enough: more would only cost."""
+        rates.next_at = now + usage.LEARN_SECONDS
+        asked, completion = self._demand, used.completion_tokens
+        rates.learn(used, asked.body_bytes, now - self._sent_at)
+        if self.stream:
+            rates.learn_stream(self.dialect, self._events, completion, self._answers)
+        if completion:
+            self._state.estimates.learn(self.route, asked.tenant, asked.output_tokens, completion)
 
     def _estimated(self, rates: usage.Rates, now: float) -> Usage:
         told, asked, dialect = self._told, self._demand, self.dialect

@@ -195,6 +195,7 @@ _NEW: Final = 1 - _KEPT
 _STEADY: Final = 10_000.0  # as if a spread of 100 bytes had shown 4 bytes a token: bodies of one length show nothing
 _LEARNT_FROM: Final = 16  # events: of a shorter stream the hidden tokens are too large a part
 _MOST_HIDDEN: Final = 20
+LEARN_SECONDS: Final = 0.001  # of one route: at most so often
 
 
 def thinks(event: bytes, dialect: str) -> bool:
@@ -227,9 +228,11 @@ class Rates:
 
     __slots__ = (
         "_bytes", "_bytes_both", "_bytes_spread", "_events", "_events_tokens", "_prompt", "_seconds", "_seconds_tokens",
+        "next_at",
     )  # fmt: skip
 
     def __init__(self) -> None:
+        self.next_at = 0.0  # when something more may be learned: the caller's to keep
         # What is believed at first: 4 bytes a token, a token an event, 50 tokens a second.
         self._bytes, self._prompt = 400.0, 100.0  # means
         self._bytes_spread = self._bytes_both = 0.0  # variance, and covariance with the tokens
