@@ -267,6 +267,8 @@ def _worker_options(settings: Settings, place_: Place, index: int, upstream_idle
         harmony=_speaks_harmony(settings),
         workers=gateway_.workers,
         worker=index,
+        gateways=gateway_.gateways,
+        admission_socket=str(place_.run / "admission.sock"),
     )
 
 

@@ -53,6 +53,7 @@ class WorkerProcess:
         self.url = f"http://{self.host}:{self.port}"
         self.access_log = folder / "access.jsonl"
         self._options = options
+        self.name = f"worker-{options.get('worker', 0)}"
         self._data = data
         self._version = 0
         self._says: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -60,17 +61,17 @@ class WorkerProcess:
 
     def start(self) -> None:
         document = WorkerOptions(
-            name="worker-0",
+            name=self.name,
             snapshot_path=str(self.folder / "snapshot.json"),
             control_socket=str(self.folder / "control.sock"),
             access_log_path=str(self.access_log),
             **PREDICTABLE | self._options,
         )
-        path = self.folder / "worker-0.json"
+        path = self.folder / f"{self.name}.json"
         path.write_bytes(msgspec.json.encode(document))
         ours, theirs = socket.socketpair()
         self._line = ours
-        with open(self.folder / "worker-0.log", "ab") as log:
+        with open(self.folder / f"{self.name}.log", "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vitalis_serve.gateway.worker", str(path)],
                 env={
@@ -92,7 +93,7 @@ class WorkerProcess:
         return self.process.pid
 
     def log(self) -> str:
-        return (self.folder / "worker-0.log").read_text()
+        return (self.folder / f"{self.name}.log").read_text()
 
     def _listen(self, line: socket.socket) -> None:
         with contextlib.suppress(OSError), line.makefile("rb") as file:

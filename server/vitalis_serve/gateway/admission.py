@@ -226,6 +226,20 @@ class Admission:
         others = tuple(grant for grant in grants if grant is not own)
         return Entered(own.seat, own.reason, others, shed)
 
+    def adopt(self, demand: Demand, replica: str, incarnation: int, now: float) -> Seat | None:
+        """Takes over what an admission before this one granted, room or not; None where that process is not here."""
+        seat = self._seats.get(replica)
+        if seat is None or seat.replica.incarnation != incarnation:
+            return None
+        queue = self._classes[demand.class_]
+        account = queue.accounts.get(demand.tenant)
+        if account is None or not account.counted:
+            account = self._count_in(queue, demand)
+        account.seen = now
+        self._take(demand, seat, account, now)
+        queue.grant_at_once(account, demand)
+        return seat
+
     # -- going
 
     def first_token(self, waiter: Any, now: float) -> list[Grant]:

@@ -90,6 +90,10 @@ class Breakers:
         """Whether no replica has any trouble, so that there is nothing to ask and to tell here."""
         return not self._troubles
 
+    def troubles(self) -> dict[str, str]:
+        """Replicas that failed of late, each with the state of its breaker."""
+        return {name: trouble.state.value for name, trouble in self._troubles.items()}
+
     def state(self, replica: str) -> State:
         trouble = self._troubles.get(replica)
         return State.CLOSED if trouble is None else trouble.state

@@ -70,13 +70,17 @@ class Killers:
     def failed(self, replica: str, incarnation: int, encoded: bytes, now: float) -> bytes:
         """A try of this request ended as a death looks. Returns its digest, for `cleared`."""
         known = digest(encoded)
+        self.noted(replica, incarnation, known, len(encoded), now)
+        return known
+
+    def noted(self, replica: str, incarnation: int, known: bytes, length: int, now: float) -> None:
+        """The same, as another worker tells it."""
         if self._dead.get(replica) == incarnation:  # the news was faster than the lost connection
-            self._mark(known, (replica, incarnation), len(encoded), now)
-            return known
-        self._notes[replica, incarnation, known] = (len(encoded), now)
+            self._mark(known, (replica, incarnation), length, now)
+            return
+        self._notes[replica, incarnation, known] = (length, now)
         if len(self._notes) > self._entries:
             self._notes.popitem(last=False)
-        return known
 
     def died(self, replica: str, incarnation: int, now: float) -> int:
         """This process crashed, or was killed because it hung (not: was stopped by somebody). Returns how many

@@ -31,6 +31,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     breaker_failures: int = 5  # in a row, of one replica
     retries_at_least: int = 16  # a minute, whatever a tenth of the traffic is
     harmony: bool = False  # the engines' models speak Harmony (gpt-oss)
-    workers: int = 1  # how many share the slots of each replica
+    workers: int = 1  # how many there are on this host; the first owns admission for all
     worker: int = 0  # which of them this is
+    gateways: int = 1  # how many hosts share the slots of each replica
+    admission_socket: str = ""  # where the first worker is asked by the others
     total_seconds: float = 1800

@@ -328,6 +328,12 @@ class Relay:
     def on_queue_timeout(self) -> None:
         self._shed("queue_timeout", "No slot became free in time.")
 
+    def on_refused(self, error: ServeError) -> None:
+        """By the worker that owns admission."""
+        if not self._tries:
+            self._state.counters.shed[error.code] += 1
+        self._out_of_queue(error)
+
     def on_shed(self) -> None:
         """Another tenant's request took the place of this one, whose tenant has the most in the queue."""
         if self.phase != DONE:
@@ -762,7 +768,7 @@ class Relay:
         if kind in LOOKS_DEAD:
             self._died_at = self._died_at or self._tries
             if self._encoded:
-                self._digest = state.killers.failed(self._replica, self._incarnation, self._encoded, now)
+                self._digest = state.failed(self._replica, self._incarnation, self._encoded, now)
         alone = parser and sum(seat.serves(self._demand) for seat in state.admission.seats()) < 2
         self._again(kind, code, message, elsewhere=not alone)
 
@@ -883,7 +889,7 @@ class Relay:
             state.admission.settle(asked.tenant, asked.class_, difference, asked.weight)
         if outcome == "ok":
             if self._digest:
-                state.killers.cleared(self._digest)
+                state.cleared(self._digest)
             counts.observe(total, first, self.queued_seconds, stream=self.stream)
         if state.access.enabled:
             key = self.key

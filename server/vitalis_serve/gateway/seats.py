@@ -14,7 +14,7 @@ EMERGENCY: Final = CLASSES[0]
 OUTPUT_WEIGHT: Final = 2  # a generated token costs an engine about twice a prompt token
 
 
-class Demand(msgspec.Struct, frozen=True):
+class Demand(msgspec.Struct, frozen=True, array_like=True):
     """One request as admission and routing see it. Tokens are estimates; the same ones go to limits.
 
     waiter: anything hashable that is unique among those inside (an object here, an id across a socket).

@@ -15,9 +15,11 @@ from vitalis_serve.gateway.admission import Admission, AdmissionOptions, ClassLi
 from vitalis_serve.gateway.breaker import BreakerOptions, Breakers, State
 from vitalis_serve.gateway.counters import Counters
 from vitalis_serve.gateway.estimates import Estimates
+from vitalis_serve.gateway.guest import GuestAdmission, GuestBreakers
 from vitalis_serve.gateway.keys import KeyTable
 from vitalis_serve.gateway.killers import Killers
 from vitalis_serve.gateway.options import WorkerOptions
+from vitalis_serve.gateway.owner_line import Cleared, Message, Noted
 from vitalis_serve.gateway.pool import EnginePool
 from vitalis_serve.gateway.retries import RetryBudget
 from vitalis_serve.gateway.routing import policy
@@ -25,6 +27,7 @@ from vitalis_serve.gateway.seats import CLASSES, Demand, Seat
 from vitalis_serve.gateway.usage import Rates
 
 if TYPE_CHECKING:
+    from vitalis_serve.gateway.owner import Distant, Owner
     from vitalis_serve.gateway.relay import Relay
 
 logger = logging.getLogger(__name__)
@@ -44,15 +47,26 @@ class WorkerState:
         self.wall: Callable[[], float] = time.time
         self.counters = Counters()
         self.access = AccessLog(options.access_log_path)
-        self.admission = Admission(
-            _admission_options(options),
-            routing=policy(options.routing, options.worker),
-            share=1 / options.workers,
-        )
-        # A probe may take as long as its first token.
-        patience = options.connect_seconds + options.first_token_seconds + 25
-        self.breakers = Breakers(BreakerOptions(failures=options.breaker_failures, probe_seconds=patience))
+        self.owner: Owner | None = None  # of admission, where other workers ask this one
         self.killers = Killers()
+        self.admission: Admission | GuestAdmission
+        self.breakers: Breakers | GuestBreakers
+        chosen_by = policy(options.routing, options.worker)
+        if options.worker:
+            self.admission = GuestAdmission(
+                worker=options.name,
+                path=options.admission_socket,
+                routing=chosen_by,
+                queue_requests=options.queue_requests,
+                queue_seconds=options.queue_seconds,
+                others=self._hear,
+            )
+            self.breakers = self.admission.breakers
+        else:
+            self.admission = Admission(_admission_options(options), routing=chosen_by, share=1 / options.gateways)
+            # A probe may take as long as its first token.
+            patience = options.connect_seconds + options.first_token_seconds + 25
+            self.breakers = Breakers(BreakerOptions(failures=options.breaker_failures, probe_seconds=patience))
         self.retry_budget = RetryBudget(at_least=options.retries_at_least)
         self.estimates = Estimates()
         self.rates: defaultdict[str, Rates] = defaultdict(Rates)  # by route
@@ -113,6 +127,8 @@ class WorkerState:
             self.keep_away(name, False)
         for relay in self.admission.stranded():
             relay.on_stranded()
+        if self.owner is not None:
+            self.owner.tell_troubles()
 
     def suspect(self, seat: Seat | None, reason: str) -> None:
         if seat is not None:
@@ -134,7 +150,7 @@ class WorkerState:
             self.loop.call_later(TICK_SECONDS, self._tick)
         return None
 
-    def leave(self, relay: "Relay") -> None:
+    def leave(self, relay: "Relay | Distant") -> None:
         if grants := self.admission.leave(relay, self.now()):
             self.dispatch(grants)
 
@@ -147,6 +163,31 @@ class WorkerState:
         if verdict is not None:
             trial = self.breakers.state(replica) is State.HALF_OPEN
             self.dispatch(self.admission.set_breaker(replica, self.now(), is_open=verdict, trial=trial))
+        if self.owner is not None:
+            self.owner.tell_troubles()
+
+    def failed(self, replica: str, incarnation: int, encoded: bytes, now: float) -> bytes:
+        """A try ended as an engine's death looks: all workers are to know of it. Returns the request's digest."""
+        digest = self.killers.failed(replica, incarnation, encoded, now)
+        self._tell(Noted(replica, incarnation, digest, len(encoded)))
+        return digest
+
+    def cleared(self, digest: bytes) -> None:
+        self.killers.cleared(digest)
+        self._tell(Cleared(digest))
+
+    def _tell(self, message: Message) -> None:
+        if self.owner is not None:
+            self.owner.tell(message)
+        elif isinstance(self.admission, GuestAdmission):
+            self.admission.say(message)
+
+    def _hear(self, message: Message) -> None:
+        """From the worker that owns admission."""
+        if isinstance(message, Noted):
+            self.killers.noted(message.replica, message.incarnation, message.digest, message.length, self.now())
+        elif isinstance(message, Cleared):
+            self.killers.cleared(message.digest)
 
     def retry_after(self, class_: str) -> float:
         return self.admission.retry_after(class_, self.now(), self.jitter())
@@ -183,18 +224,18 @@ class WorkerState:
     # -- metrics
 
     def report(self) -> dict[str, object]:
-        gauges: list[tuple[str, dict[str, str], float]] = [
-            ("vitalis_in_flight", {}, self.admission.in_flight),
-        ]
-        gauges += [("vitalis_queued", {"class": c}, n) for c, n in self.admission.queued_by_class().items()]
-        gauges += [
-            ("vitalis_replica_in_flight", {"replica": seat.replica.name}, seat.in_flight)
-            for seat in self.admission.seats()
-        ]
-        gauges += [
-            ("vitalis_breaker_open", {"replica": name}, float(self.breakers.state(name) is not State.CLOSED))
-            for name in self._pools
-        ]
+        gauges: list[tuple[str, dict[str, str], float]] = []
+        if isinstance(self.admission, Admission):  # which has those of all workers
+            gauges.append(("vitalis_in_flight", {}, self.admission.in_flight))
+            gauges += [("vitalis_queued", {"class": c}, n) for c, n in self.admission.queued_by_class().items()]
+            gauges += [
+                ("vitalis_replica_in_flight", {"replica": seat.replica.name}, seat.in_flight)
+                for seat in self.admission.seats()
+            ]
+            gauges += [
+                ("vitalis_breaker_open", {"replica": name}, float(self.breakers.state(name) is not State.CLOSED))
+                for name in self._pools
+            ]
         for pool in self._pools.values():
             idle = pool.idle
             gauges.append(("vitalis_upstream_connections", {"replica": pool.name, "state": "idle"}, idle))

@@ -26,15 +26,18 @@ import uvloop
 from vitalis_serve.errors import ServeError
 from vitalis_serve.fleet import Fleet
 from vitalis_serve.gateway import explaining
+from vitalis_serve.gateway.guest import GuestAdmission
 from vitalis_serve.gateway.keys import KeyTable
 from vitalis_serve.gateway.links import HEARTBEAT_SECONDS, ControlLink, SupervisorLink
 from vitalis_serve.gateway.options import WorkerOptions
+from vitalis_serve.gateway.owner import Owner
 from vitalis_serve.gateway.protocol import ClientConnection
 from vitalis_serve.gateway.state import WorkerState
 
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS: Final = 0.5
+LEAVE_SECONDS: Final = 2.0  # the other workers' drains end a little after each other
 _SUSPECT_SECONDS: Final = 0.2  # at most one word about the same replica in this time
 
 
@@ -75,6 +78,8 @@ class Worker:
         self._link: SupervisorLink | None = None
         self._suspected: dict[str, float] = {}
         self._drain: asyncio.TimerHandle | None = None
+        self._drain_seconds = 0.0
+        self._fleet_known = asyncio.Event()
         config = uvicorn.Config(
             _never,
             http=self._connection,  # type: ignore[arg-type]  # a factory will do: uvicorn only calls it
@@ -108,14 +113,28 @@ class Worker:
         )
         async with asyncio.TaskGroup() as tasks:
             side = [tasks.create_task(control.run()), tasks.create_task(self._sweep())]
+            if isinstance(self.state.admission, GuestAdmission):
+                side.append(tasks.create_task(self.state.admission.run()))
+            elif self._options.workers > 1:
+                side.append(tasks.create_task(self._own(Owner(self.state, self._options.admission_socket))))
             if self._link is not None:
                 side.append(tasks.create_task(self._beat(self._link)))
             await self.server.serve(sockets=[sock])
+            if isinstance(self.state.admission, GuestAdmission):
+                self.state.admission.close()
+            elif self.state.owner is not None:
+                await self.state.owner.alone(self._drain_seconds + LEAVE_SECONDS)
             if self._link is not None:
                 self._link.say({"type": "drained"})
             for task in side:
                 task.cancel()
         self.state.access.close()
+
+    async def _own(self, owner: Owner) -> None:
+        """Admission of all workers, from the moment on that the fleet is known."""
+        await self._fleet_known.wait()
+        self.state.owner = owner
+        await owner.listen()
 
     # -- the supervisor's line
 
@@ -123,18 +142,22 @@ class Worker:
         kind = message.get("type")
         if kind == "fleet":
             self.state.take_fleet(Fleet.from_json(message))
+            self._fleet_known.set()
         elif kind == "unready":
             self.state.unready = True
         elif kind == "drain":
             self.drain(float(message.get("seconds", 0)))
         elif kind == "in_flight?" and self._link is not None:
             replicas = {s.replica.name: s.in_flight for s in self.state.admission.seats()}
+            if self.state.owner is not None:  # the others count their own
+                replicas = {name: n - self.state.owner.granted(name) for name, n in replicas.items()}
             count = self.state.counters.open_contexts
             self._link.say({"type": "in_flight", "count": count, "replicas": replicas})
 
     def drain(self, seconds: float) -> None:
         """Accepts nothing more; what runs may finish for `seconds`, then it is properly ended."""
         self.state.draining = True
+        self._drain_seconds = seconds
         self.server.leave()
         if self._drain is None:
             self._drain = self._loop.call_later(seconds, self._end_all)

@@ -135,7 +135,8 @@ class Queue(Strict):
 class Gateway(Strict):
     host: Host = "0.0.0.0"
     port: Port = 8080
-    workers: Annotated[int, Number, Field(ge=1, le=64)] = 1
+    workers: Annotated[int, Number, Field(ge=1, le=16)] = 1
+    gateways: Annotated[int, Number, Field(ge=1, le=64)] = 1
     max_header_bytes: Annotated[int, Number, Field(ge=1024, le=1 << 20)] = 65_536
     max_body_bytes: Annotated[int, Number, Field(ge=1024)] = 8 << 20
     max_bodies_bytes: Annotated[int, Number, Field(ge=1024)] = 256 << 20
