@@ -107,14 +107,21 @@ class _Holding(msgspec.Struct):
 
 
 class Admission:
-    """`share`: this gateway's part of every cap, where several gateways (or workers) serve one fleet."""
+    """`share`: this gateway's part of every cap, where several gateways serve one fleet. Not `is_open`: everyone
+    waits until it is, for it is not known yet what is running."""
 
     def __init__(
-        self, options: AdmissionOptions | None = None, *, routing: Policy | None = None, share: float = 1.0
+        self,
+        options: AdmissionOptions | None = None,
+        *,
+        routing: Policy | None = None,
+        share: float = 1.0,
+        is_open: bool = True,
     ) -> None:
         self._options = options or AdmissionOptions()
         self.routing = routing or policy("affinity")
         self._share = share
+        self._is_open = is_open
         self._fleet = Fleet()
         self._seats: dict[str, Seat] = {}
         self._holdings: dict[Any, _Holding] = {}
@@ -182,6 +189,11 @@ class Admission:
             self._drain.scale(self._ordinary_slots / before)
         self.routing.update(list(seats.values()))
         return self._serve_all(now)
+
+    def open(self, now: float) -> list[Grant]:
+        """What runs is known; from now on slots are granted."""
+        self._is_open = True
+        return self.update(self._fleet, now)
 
     def set_breaker(self, replica: str, now: float, *, is_open: bool, trial: bool = False) -> list[Grant]:
         """An open breaker keeps new requests away; the home of their keys does not move. `trial`: one is let in, and
@@ -332,6 +344,8 @@ class Admission:
     # -- inside
 
     def _limit(self, seat: Seat) -> None:
+        if not self._is_open:
+            return  # no slots
         replica, share, ordinary = seat.replica, self._share, 1.0 - self._options.reserved
         seat.slots = max(1, int(replica.slots * share))
         kept = max(1, round(seat.slots * self._options.reserved)) if self._options.reserved > 0 else 0

@@ -221,13 +221,14 @@ class GuestAdmission:
     def _introduce(self, line: Line) -> None:
         self._line = line
         self._early.clear()
-        line.say(said.Hello(self._worker))
-        for asked in self._asked.values():
-            if asked.seat is not None:
-                replica = asked.seat.replica
-                line.say(said.Hold(asked.demand, replica.name, replica.incarnation, asked.first))
-            else:
-                line.say(said.Enter(asked.demand))
+        held = [
+            said.Held(asked.demand, asked.seat.replica.name, asked.seat.replica.incarnation, asked.first)
+            for asked in self._asked.values()
+            if asked.seat is not None
+        ]
+        line.say(said.Hello(self._worker, held))
+        for asked in self._waiting.values():
+            line.say(said.Enter(asked.demand))
 
     def _on_lost(self, line: Line) -> None:
         if self._line is line:

@@ -2,7 +2,7 @@
 
 How it works: a request of another worker is a `Distant` here, with the callbacks of a relay, so that admission,
 dispatch and circuit breakers do not know the difference. Whatever a worker holds ends with its connection. An owner
-that is replaced starts from nothing, and is told by the others what they hold before they ask for more.
+that is replaced starts from nothing: it grants nothing before the others have told it what they hold.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GATHERING_SECONDS: Final = 1.0  # the others try ten times a second; one that cannot come does not stop the rest
 STRANDED: Final = "No engine is ready for this model just now."
 
 
@@ -106,9 +107,17 @@ class Owner:
         self._troubles: dict[str, str] = {}
         self._alone = asyncio.Event()
         self._alone.set()
+        self._gathered = asyncio.Event()
 
-    async def listen(self) -> None:
+    async def run(self) -> None:
         """Once the fleet is known: what the others hold is on its replicas."""
+        await self._listen()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GATHERING_SECONDS):
+                await self._gathered.wait()
+        self.state.dispatch(self.admission.open(self.state.now()))
+
+    async def _listen(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             Path(self._path).unlink()  # a worker's that was killed
         loop = asyncio.get_running_loop()
@@ -185,8 +194,6 @@ class Owner:
         """What is not about a request under way."""
         killers = self.state.killers
         match message:
-            case said.Hold():
-                self._hold(guest, message, now)
             case said.Noted():
                 killers.noted(message.replica, message.incarnation, message.digest, message.length, now)
                 self.tell(message, but=guest.line)
@@ -196,10 +203,14 @@ class Owner:
             case said.Hello():
                 guest.name = message.worker
                 logger.info("%s is here", guest.name)
+                for held in message.held:
+                    self._hold(guest, held, now)
+                if sum(bool(one.name) for one in self._guests.values()) >= self.state.options.workers - 1:
+                    self._gathered.set()
             case _:
                 raise AssertionError(f"an owner is not told {message}")
 
-    def _hold(self, guest: _Guest, held: said.Hold, now: float) -> None:
+    def _hold(self, guest: _Guest, held: said.Held, now: float) -> None:
         request = Distant(guest, self, held.demand)
         demand = msgspec.structs.replace(held.demand, waiter=request)
         request.seat = self.admission.adopt(demand, held.replica, held.incarnation, now)

@@ -17,17 +17,13 @@ MAX_BYTES: Final = 64 << 20
 _LENGTH: Final = struct.Struct(">I")
 
 
-class Hello(msgspec.Struct, array_like=True, tag=0, frozen=True):
-    worker: str
-
-
-class Enter(msgspec.Struct, array_like=True, tag=1, frozen=True):
+class Enter(msgspec.Struct, array_like=True, tag=0, frozen=True):
     """`demand.waiter` is a number that the asking worker gave it; the same in all that follows."""
 
     demand: Demand
 
 
-class Hold(msgspec.Struct, array_like=True, tag=2, frozen=True):
+class Held(msgspec.Struct, array_like=True, frozen=True):
     """What an owner before this one granted, and is still in use. `first`: its first token has come."""
 
     demand: Demand
@@ -36,41 +32,48 @@ class Hold(msgspec.Struct, array_like=True, tag=2, frozen=True):
     first: bool
 
 
-class First(msgspec.Struct, array_like=True, tag=3, frozen=True):
+class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
+    """The first word on a new connection."""
+
+    worker: str
+    held: list[Held]
+
+
+class First(msgspec.Struct, array_like=True, tag=2, frozen=True):
     waiter: int
 
 
-class Gone(msgspec.Struct, array_like=True, tag=4, frozen=True):
+class Gone(msgspec.Struct, array_like=True, tag=3, frozen=True):
     """Out of the queue, or done: everything of it is given back."""
 
     waiter: int
 
 
-class Settle(msgspec.Struct, array_like=True, tag=5, frozen=True):
+class Settle(msgspec.Struct, array_like=True, tag=4, frozen=True):
     tenant: str
     class_: str
     difference: int
     weight: float
 
 
-class Answered(msgspec.Struct, array_like=True, tag=6, frozen=True):
+class Answered(msgspec.Struct, array_like=True, tag=5, frozen=True):
     """To the circuit breaker; only while one is not closed or has failures in a row."""
 
     waiter: int
 
 
-class Failed(msgspec.Struct, array_like=True, tag=7, frozen=True):
+class Failed(msgspec.Struct, array_like=True, tag=6, frozen=True):
     waiter: int
 
 
-class Granted(msgspec.Struct, array_like=True, tag=8, frozen=True):
+class Granted(msgspec.Struct, array_like=True, tag=7, frozen=True):
     waiter: int
     replica: str
     incarnation: int
     reason: str
 
 
-class Refused(msgspec.Struct, array_like=True, tag=9, frozen=True):
+class Refused(msgspec.Struct, array_like=True, tag=8, frozen=True):
     """Not let in, or out of the queue without a slot: by the code of the error that its client is to get."""
 
     waiter: int
@@ -79,13 +82,13 @@ class Refused(msgspec.Struct, array_like=True, tag=9, frozen=True):
     retry_after: float
 
 
-class Troubles(msgspec.Struct, array_like=True, tag=10, frozen=True):
+class Troubles(msgspec.Struct, array_like=True, tag=9, frozen=True):
     """Replicas with failures in a row, each with its breaker's state. Empty: all is well."""
 
     states: dict[str, str]
 
 
-class Noted(msgspec.Struct, array_like=True, tag=11, frozen=True):
+class Noted(msgspec.Struct, array_like=True, tag=10, frozen=True):
     """A request was running when an engine seemed to die (`killers.py`). Both ways: all workers are to know it."""
 
     replica: str
@@ -94,14 +97,14 @@ class Noted(msgspec.Struct, array_like=True, tag=11, frozen=True):
     length: int
 
 
-class Cleared(msgspec.Struct, array_like=True, tag=12, frozen=True):
+class Cleared(msgspec.Struct, array_like=True, tag=11, frozen=True):
     """And came to a good end elsewhere."""
 
     digest: bytes
 
 
 Message = (
-    Hello | Enter | Hold | First | Gone | Settle | Answered | Failed | Granted | Refused | Troubles | Noted | Cleared
+    Enter | Hello | First | Gone | Settle | Answered | Failed | Granted | Refused | Troubles | Noted | Cleared
 )
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[Message]).decode

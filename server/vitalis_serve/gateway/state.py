@@ -63,7 +63,10 @@ class WorkerState:
             )
             self.breakers = self.admission.breakers
         else:
-            self.admission = Admission(_admission_options(options), routing=chosen_by, share=1 / options.gateways)
+            self.admission = Admission(
+                _admission_options(options), routing=chosen_by, share=1 / options.gateways,
+                is_open=options.workers == 1,
+            )
             # A probe may take as long as its first token.
             patience = options.connect_seconds + options.first_token_seconds + 25
             self.breakers = Breakers(BreakerOptions(failures=options.breaker_failures, probe_seconds=patience))

@@ -134,7 +134,7 @@ class Worker:
         """Admission of all workers, from the moment on that the fleet is known."""
         await self._fleet_known.wait()
         self.state.owner = owner
-        await owner.listen()
+        await owner.run()
 
     # -- the supervisor's line
 
