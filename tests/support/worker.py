@@ -85,7 +85,7 @@ class WorkerProcess:
                 stderr=log,
             )
         theirs.close()
-        threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
+        threading.Thread(target=self._listen, args=(ours, self._says), daemon=True).start()
         self.hear("ready")
 
     @property
@@ -95,12 +95,12 @@ class WorkerProcess:
     def log(self) -> str:
         return (self.folder / f"{self.name}.log").read_text()
 
-    def _listen(self, line: socket.socket) -> None:
+    def _listen(self, line: socket.socket, says: queue.Queue[dict[str, Any]]) -> None:
         with contextlib.suppress(OSError), line.makefile("rb") as file:
             for text in file:
                 message = json.loads(text)
                 if message["type"] != "heartbeat":
-                    self._says.put(message)
+                    says.put(message)
 
     def say(self, message: dict[str, Any]) -> None:
         self._line.sendall(json.dumps(message).encode() + b"\n")
@@ -140,9 +140,20 @@ class WorkerProcess:
             return []
         return [json.loads(line) for line in self.access_log.read_text().splitlines()]
 
-    def stop(self) -> None:
+    def kill(self) -> None:
+        """kill -9."""
         self.process.kill()
         self.process.wait()
+
+    def restart(self) -> None:
+        """After `kill`; it has no fleet yet."""
+        self._line.close()
+        self._says = queue.Queue()
+        self._version = 0
+        self.start()
+
+    def stop(self) -> None:
+        self.kill()
         self._line.close()
 
 

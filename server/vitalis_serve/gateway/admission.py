@@ -30,6 +30,7 @@ from vitalis_serve.gateway.pace import DrainRate, PrefillRate
 from vitalis_serve.gateway.routing import Explanation, Policy, explain, policy
 from vitalis_serve.gateway.seats import CLASSES, EMERGENCY, Demand, Seat, cost
 
+NO_ENGINE: Final = "No engine is ready for this model just now."
 AGED_EVERY: Final = 8
 LOOK_AHEAD: Final = 16  # waiters looked at before giving up on a replica's room
 LOOK_DEEPER: Final = 4  # waiters of one tenant looked at: its own small ones pass its large one
@@ -228,7 +229,7 @@ class Admission:
                 return Entered(seat, decision.reason)
         assert demand.waiter not in self._waiting, "a waiter entered twice"
         if not any(seat.serves(demand) for seat in self._seats.values()):
-            raise ServeError("no_ready_engine", "No engine is ready for this model just now.", retry_after=5)
+            raise ServeError("no_ready_engine", NO_ENGINE, retry_after=5)
         shed = self._make_way(queue, demand, now, jitter)
         self._enqueue(queue, demand, now)
         grants = self._serve_all(now) if self._may_fit(demand) else []

@@ -16,7 +16,7 @@ import msgspec
 from vitalis_serve.errors import ServeError
 from vitalis_serve.fleet import TAKES_REQUESTS, Fleet
 from vitalis_serve.gateway import owner_line as said
-from vitalis_serve.gateway.admission import Entered, Grant
+from vitalis_serve.gateway.admission import NO_ENGINE, Entered, Grant
 from vitalis_serve.gateway.breaker import Begun, State
 from vitalis_serve.gateway.owner_line import Line, Message
 from vitalis_serve.gateway.routing import Explanation, Policy, explain
@@ -142,17 +142,20 @@ class GuestAdmission:
         return []
 
     def enter(self, demand: Demand, now: float, jitter: float = 0.0) -> Entered:
-        """ServeError queue_full, where the owner is away for too long."""
+        """ServeError no_ready_engine; queue_full, where the owner is away for too long."""
         assert demand.waiter not in self._asked, "a waiter entered twice"
+        if not any(seat.serves(demand) for seat in self._seats.values()):
+            raise ServeError("no_ready_engine", NO_ENGINE, retry_after=5)
         if self._line is None and len(self._waiting) >= self._queue_requests:
             raise ServeError("queue_full", "All slots are taken and the queue is full.", retry_after=1 + jitter)
         self._ask(_Asked(demand.waiter, demand, now))
         return Entered(None)
 
     def first_token(self, waiter: Any, now: float) -> list[Grant]:
-        asked = self._asked[waiter]
-        asked.first = True
-        self.say(said.First(asked.demand.waiter))
+        asked = self._asked.get(waiter)
+        if asked is not None:  # else it came in the engine's last read, when the slot was given back already
+            asked.first = True
+            self.say(said.First(asked.demand.waiter))
         return []
 
     def leave(self, waiter: Any, now: float) -> list[Grant]:

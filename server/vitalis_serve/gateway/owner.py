@@ -16,7 +16,7 @@ import msgspec
 
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway import owner_line as said
-from vitalis_serve.gateway.admission import Admission
+from vitalis_serve.gateway.admission import NO_ENGINE, Admission
 from vitalis_serve.gateway.owner_line import Line, Message
 from vitalis_serve.gateway.seats import Demand, Seat
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GATHERING_SECONDS: Final = 1.0  # the others try ten times a second; one that cannot come does not stop the rest
-STRANDED: Final = "No engine is ready for this model just now."
 
 
 class Distant:
@@ -75,7 +74,7 @@ class Distant:
         self._out("queue_timeout", "No slot became free in time.")
 
     def on_stranded(self) -> None:
-        self._refuse("no_ready_engine", STRANDED, 5)
+        self._refuse("no_ready_engine", NO_ENGINE, 5)
 
     def _out(self, code: str, message: str) -> None:
         self._refuse(code, message, self._owner.state.retry_after(self.demand.class_))

@@ -17,6 +17,7 @@ import msgspec
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway import events, guidance, harmony, headers, replies, usage
 from vitalis_serve.gateway.access import Record
+from vitalis_serve.gateway.admission import NO_ENGINE
 from vitalis_serve.gateway.breaker import SICK
 from vitalis_serve.gateway.intake import Intake
 from vitalis_serve.gateway.paths import Api
@@ -58,6 +59,7 @@ class Relay:
         "_probe",
         "_encoded",
         "_excluded",
+        "_failure",
         "_events",
         "_fresh",
         "_head",
@@ -147,6 +149,7 @@ class Relay:
         self._connection: EngineConnection | None = None
         self._attempt = 0
         self._tries = 0
+        self._failure: ServeError | None = None  # how the last try ended
         self._stale_at = 0  # the try that met a stale connection
         self._held = b""
         self._hide_usage = False
@@ -323,16 +326,16 @@ class Relay:
 
     def on_stranded(self) -> None:
         """The last replica that held the model is gone while this waited in the queue."""
-        self._out_of_queue(ServeError("no_ready_engine", "No engine is ready for this model just now.", retry_after=5))
+        self._out_of_queue(ServeError("no_ready_engine", NO_ENGINE, retry_after=5))
 
     def on_queue_timeout(self) -> None:
         self._shed("queue_timeout", "No slot became free in time.")
 
     def on_refused(self, error: ServeError) -> None:
-        """By the worker that owns admission."""
+        """By the worker that owns admission; after a try the client is told how that failed."""
         if not self._tries:
             self._state.counters.shed[error.code] += 1
-        self._out_of_queue(error)
+        self._out_of_queue(self._failure or error)
 
     def on_shed(self) -> None:
         """Another tenant's request took the place of this one, whose tenant has the most in the queue."""
@@ -786,6 +789,7 @@ class Relay:
         self._held, self._head = b"", 0
         if elsewhere:
             self._exclude(self._replica)
+        self._failure = error
         try:
             self._enter(now)
         except ServeError:
