@@ -1,5 +1,6 @@
-"""An engine's bytes, cut into reads at any place: the client gets the same answer. A scripted engine sends exactly
-these reads to a real worker."""
+"""An engine's bytes, cut into reads at any place: the client gets the same answer, and its usage is settled alike.
+Bytes that are no proper answer: an error, never a hang, and nothing of them in another answer. A scripted engine sends
+exactly these reads to a real worker."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support import gateway
 from tests.support.client import Ended, Response
 from tests.support.examples import examples
-from tests.support.gateway import LAST_CHUNK, STREAM_HEAD, ScriptedEngine, chunk, http_answer
+from tests.support.gateway import APIS, LAST_CHUNK, STREAM_HEAD, Piece, ScriptedEngine, chunk, http_answer
 from tests.support.worker import WorkerProcess, running_worker
 
 FAST = settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -46,14 +47,44 @@ MESSAGES = [
     b'event: message_delta\ndata: {"type":"message_delta","delta":{},"usage":{"output_tokens":5}}\n\n',
     b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
 ]
-EVENTS = {"chat": CHAT, "messages": MESSAGES}
+COMPLETIONS = [
+    b'data: {"id":"cmpl-1","object":"text_completion","choices":[{"index":0,"text":"Hi","finish_reason":null}]}\n\n',
+    b'data: {"id":"cmpl-1","choices":[{"index":0,"text":"data: [DONE]","finish_reason":null}]}\n\n',
+    b'data: {"id":"cmpl-1","choices":[{"index":0,"text":"","finish_reason":"length"}]}\n\n',
+    USAGE,
+    b"data: [DONE]\n\n",
+]
+RESPONSES = [
+    b'event: response.created\ndata: {"type":"response.created","response":{"usage":null,"tools":[{"usage":{}}]}}\n\n',
+    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"Hi"}\n\n',
+    (
+        b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta",'
+        b'"delta":"\\n\\nevent: response.failed \\"type\\":\\"response.completed\\""}\n\n'
+    ),
+    (
+        b'event: response.completed\ndata: {"type":"response.completed","response":{"status":"completed",'
+        b'"usage":{"input_tokens":7,"input_tokens_details":{"cached_tokens":0},"output_tokens":5,"total_tokens":12}}}\n\n'
+    ),
+]
+EVENTS = {"chat": CHAT, "completions": COMPLETIONS, "responses": RESPONSES, "messages": MESSAGES}
 PLAIN = json.dumps(
     {
         "choices": [{"message": {"content": "é\r\n\r\nHTTP/1.1 200 OK\r\n"}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 7, "total_tokens": 12, "completion_tokens": 5},
     },
     ensure_ascii=False,
+    separators=(",", ":"),
 ).encode()
+
+ANSWERS = {
+    "chat": PLAIN,
+    "completions": b'{"choices":[{"text":"0\\r\\n\\r\\n"}],"usage":{"prompt_tokens":7,"total_tokens":12,'
+    b'"completion_tokens":5,"prompt_tokens_details":null}}',
+    "responses": b'{"status":"completed","output":[{"usage":{"x":1}}],"usage":{"input_tokens":7,'
+    b'"output_tokens":5,"total_tokens":12}}',
+    "messages": b'{"type":"message","content":[{"type":"text","text":"Hi"}],'
+    b'"usage":{"input_tokens":7,"output_tokens":5}}',
+}
 
 # Places as fractions, so that one strategy serves payloads of every length.
 cuts = st.lists(st.floats(0, 1, exclude_max=True), max_size=12)
@@ -88,45 +119,142 @@ def ask(worker: WorkerProcess, engine: ScriptedEngine, pieces: list[bytes], data
     return answer
 
 
+def framed(head: bytes, pieces: list[bytes], framing: str) -> bytes:
+    """A whole answer; one that is framed by its connection's close has to be followed by that."""
+    if framing == "chunked":
+        return head + b"transfer-encoding: chunked\r\n\r\n" + b"".join(map(chunk, pieces)) + LAST_CHUNK
+    body = b"".join(pieces)
+    return head + (b"content-length: %d\r\n\r\n" % len(body) if framing == "length" else b"\r\n") + body
+
+
+def check_usage(worker: WorkerProcess, answers: list[Response]) -> None:
+    """All of these were settled with the tokens that the engine told, which are the same in each."""
+    gateway.record_of(worker, answers[-1].head.headers["x-request-id"])
+    settled = {record["request_id"]: record for record in worker.records()}
+    for answer in answers:
+        record = settled[answer.head.headers["x-request-id"]]
+        assert (record["outcome"], record["prompt_tokens"], record["completion_tokens"]) == ("ok", 7, 5), record
+        assert not record.get("estimated")
+
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n"
+EVENT_STREAM, JSON = OK % b"text/event-stream; charset=utf-8", OK % b"application/json"
+
+
+def streamed(api: str, *, asked: bool) -> tuple[bytes, bytes]:
+    """A request, and the body that its client is to get."""
+    shows_usage = asked or api not in ("chat", "completions")
+    more = {"stream_options": {"include_usage": True}} if asked and api in ("chat", "completions") else {}
+    wanted = [event for event in EVENTS[api] if shows_usage or event != USAGE]
+    return gateway.request(api, stream=True, **more), b"".join(wanted)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+def test_a_stream_cut_anywhere(worker: WorkerProcess, engine: ScriptedEngine, framing: str) -> None:
+    answers: list[Response] = []
+
+    @FAST
+    @given(chunk_cuts=cuts, read_cuts=cuts, by_event=st.booleans(), asked=st.booleans(), api=st.sampled_from(APIS))
+    def cut(chunk_cuts: list[float], read_cuts: list[float], by_event: bool, asked: bool, api: str) -> None:
+        events = EVENTS[api]
+        raw = framed(EVENT_STREAM, events if by_event else split(b"".join(events), chunk_cuts), framing)
+        request, wanted = streamed(api, asked=asked)
+        answer = ask(worker, engine, split(raw, read_cuts), request)
+        assert (answer.status, answer.body) == (200, wanted)
+        assert engine.connections == 1  # kept alive through all of it
+        answers.append(answer)
+
+    cut()
+    check_usage(worker, answers)
+
+
+def test_a_stream_that_ends_with_its_connection_cut_anywhere(worker: WorkerProcess, engine: ScriptedEngine) -> None:
+    """Its own end says that it is whole."""
+    answers: list[Response] = []
+
+    @FAST
+    @given(read_cuts=cuts, asked=st.booleans(), api=st.sampled_from(APIS))
+    def cut(read_cuts: list[float], asked: bool, api: str) -> None:
+        request, wanted = streamed(api, asked=asked)
+        engine.scripts = [[*split(framed(EVENT_STREAM, EVENTS[api], "close"), read_cuts), "close"]]
+        answer = gateway.ask(worker, request)
+        gateway.settled(worker)
+        assert (answer.status, answer.body) == (200, wanted)
+        answers.append(answer)
+
+    cut()
+    check_usage(worker, answers)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+def test_a_plain_answer_cut_anywhere(worker: WorkerProcess, engine: ScriptedEngine, framing: str) -> None:
+    answers: list[Response] = []
+
+    @FAST
+    @given(read_cuts=cuts, chunk_cuts=cuts, api=st.sampled_from(APIS))
+    def cut(read_cuts: list[float], chunk_cuts: list[float], api: str) -> None:
+        raw = framed(JSON, split(ANSWERS[api], chunk_cuts), framing)
+        answer = ask(worker, engine, split(raw, read_cuts), gateway.request(api))
+        assert (answer.status, answer.body) == (200, ANSWERS[api])
+        answers.append(answer)
+
+    cut()
+    check_usage(worker, answers)
+
+
 @FAST
 @given(
-    chunk_cuts=cuts,
     read_cuts=cuts,
-    by_event=st.booleans(),
-    asked=st.booleans(),
-    api=st.sampled_from(["chat", "messages"]),
+    at=st.floats(0, 1, exclude_max=True),
+    api=st.sampled_from(APIS),
+    framing=st.sampled_from(["chunked", "length", "close"]),
+    end=st.sampled_from(["close", "reset", LAST_CHUNK]),
+    stream=st.booleans(),
 )
-def test_a_stream_cut_anywhere(
+def test_what_is_cut_short_never_looks_whole(
     worker: WorkerProcess,
     engine: ScriptedEngine,
-    chunk_cuts: list[float],
     read_cuts: list[float],
-    by_event: bool,
-    asked: bool,
+    at: float,
     api: str,
+    framing: str,
+    end: Piece,
+    stream: bool,
 ) -> None:
-    events = EVENTS[api]
-    chunks = events if by_event else split(b"".join(events), chunk_cuts)
-    raw = STREAM_HEAD + b"".join(map(chunk, chunks)) + LAST_CHUNK
-    more = {"stream_options": {"include_usage": True}} if asked and api == "chat" else {}
-    answer = ask(worker, engine, split(raw, read_cuts), gateway.request(api, stream=True, **more))
-    hidden = [] if asked or api != "chat" else [USAGE]
-    assert answer.status == 200
-    assert answer.body == b"".join(event for event in events if event not in hidden)
-    assert engine.connections == 1  # kept alive through all of it
+    if stream:
+        raw = framed(EVENT_STREAM, EVENTS[api], framing)
+        request, wanted = streamed(api, asked=False)
+    else:
+        raw = framed(JSON, [ANSWERS[api]], framing)
+        request, wanted = gateway.request(api), ANSWERS[api]
+    script: list[Piece] = [*split(raw[: int(at * len(raw))], read_cuts), end]
+    engine.scripts = [script if end in ("close", "reset") else [*script, "close"]]
+    try:
+        answer = gateway.ask(worker, request)
+    except Ended:
+        return
+    finally:
+        gateway.settled(worker)
+    if answer.status == 200 and answer.body != wanted:
+        assert gateway.terminal_error(api, answer.events)["message"]
+    assert answer.status in (200, 502)
 
 
-@FAST
-@given(read_cuts=cuts, chunk_cuts=cuts, chunked=st.booleans())
-def test_a_plain_answer_cut_anywhere(
-    worker: WorkerProcess, engine: ScriptedEngine, read_cuts: list[float], chunk_cuts: list[float], chunked: bool
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("end", ["close", LAST_CHUNK])
+def test_a_stream_that_ends_between_two_events_ends_with_an_error(
+    worker: WorkerProcess, engine: ScriptedEngine, api: str, end: Piece
 ) -> None:
-    raw = http_answer(PLAIN)
-    if chunked:
-        head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-        raw = head + b"".join(map(chunk, split(PLAIN, chunk_cuts))) + LAST_CHUNK
-    answer = ask(worker, engine, split(raw, read_cuts), gateway.request("chat"))
-    assert (answer.status, answer.body) == (200, PLAIN)
+    """Also where the last one is of a text that looks like an end."""
+    for events in range(1, len(EVENTS[api])):
+        raw = EVENT_STREAM + b"transfer-encoding: chunked\r\n\r\n" + b"".join(map(chunk, EVENTS[api][:events]))
+        engine.scripts = [[raw, end, "close"]]
+        answer = gateway.ask(worker, gateway.request(api, stream=True))
+        gateway.settled(worker)
+        if answer.status == 200:
+            assert gateway.terminal_error(api, answer.events)["message"]
+        else:
+            assert answer.status == 502
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -711,7 +711,7 @@ class Relay:
 
     def _is_whole(self) -> bool:
         """Whether a stream has come to its API's own end, whatever becomes of its connection."""
-        return self.stream and not self._tail and any(end in self._last for end in events.ENDINGS[self.dialect])
+        return self.stream and not self._tail and events.ended(self._last, self.dialect)
 
     def _end_plain(self, body: bytes, content_type: bytes) -> None:
         if events.given_up(body, self.dialect):
