@@ -217,7 +217,7 @@ class EnginePool:
 
     @property
     def idle(self) -> int:
-        return len(self._idle)
+        return sum(connection.usable for connection in self._idle)
 
     @property
     def opening(self) -> int:

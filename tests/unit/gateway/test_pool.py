@@ -66,3 +66,15 @@ def test_what_is_no_size_fails(size: bytes) -> None:
     """Whatever Python would make of it."""
     for payload in (event(10), event(16)):
         assert hear(HEAD, b"4\r\nab\n\n\r\n", size + b"\r\n" + payload + b"\r\n", passing=True).failures == ["protocol"]
+
+
+def test_a_connection_that_its_engine_ended_is_idle_no_more() -> None:
+    pool = EnginePool("engine-0", "http://127.0.0.1:1", (loop := asyncio.new_event_loop()), idle_seconds=1)
+    connections = [EngineConnection(pool) for _ in range(3)]
+    for connection in connections:
+        connection.connection_made(Transport())  # type: ignore[arg-type]
+        pool.put_back(connection)
+    connections[1].connection_lost(None)
+    assert (pool.idle, pool.open) == (2, 2)
+    assert [pool.take(), pool.take(), pool.take()] == [connections[2], connections[0], None]
+    loop.close()
