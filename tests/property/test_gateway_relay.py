@@ -2,7 +2,10 @@
 Bytes that are no proper answer: an error, never a hang, and nothing of them in another answer. A scripted engine sends
 exactly these reads to a real worker."""
 
+import contextlib
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support import gateway
+from tests.support import client, gateway
 from tests.support.client import Ended, Response
 from tests.support.examples import examples
 from tests.support.gateway import APIS, LAST_CHUNK, STREAM_HEAD, Piece, ScriptedEngine, chunk, http_answer
@@ -351,16 +354,252 @@ def test_streams_without_a_token(worker: WorkerProcess, engine: ScriptedEngine, 
     assert answer.json["error"]["message"]
 
 
+# -- nothing of one answer in another
+
+
+def mutate(raw: bytes, mutations: list[tuple[str, float, bytes]]) -> bytes:
+    for kind, place, piece in mutations:
+        at = int(place * len(raw))
+        left = at + (len(piece) if kind == "overwrite" else 30 if kind == "delete" else 0)
+        raw = raw[:at] + (b"" if kind == "delete" else piece) + raw[left:]
+    return raw
+
+
+FRAMING = [
+    b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"0\r\n\r\n", b"5\r\n", b"ffffffffffffffffff\r\n", b"data: ", b"\n\n", b"\0",
+    b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", b"HTTP/1.1 100 Continue\r\n\r\n", b"content-length: 3\r\n",
+    b"transfer-encoding: chunked\r\n", b"connection: close\r\n", b"204", b"304", b"101", b"999", b"000", b" 2",
+    b"upgrade: h2c\r\nconnection: upgrade\r\n", b'data: {"error":{"code":400}}\n\n', b"data: [DONE]\n\n",
+]  # fmt: skip
+mutation = st.tuples(
+    st.sampled_from(["insert", "overwrite", "delete"]),
+    st.floats(0, 1, exclude_max=True),
+    st.one_of(st.sampled_from(FRAMING), st.binary(min_size=1, max_size=6)),
+)
+GOOD = b'{"choices":[{"message":{"content":"good"},"finish_reason":"stop"}]}'
+
+
+def well_after(worker: WorkerProcess, engine: ScriptedEngine, wire: client.Wire | None = None) -> None:
+    """The next request gets its own answer and nothing else, on the same connection if that is still open."""
+    gateway.wait_until(lambda: not engine._open, what="the last script's end")
+    gateway.settled(worker)
+    engine.scripts = [[http_answer(GOOD)]]
+    for own in ([wire] if wire is not None else []) + [client.connect(worker.url)]:
+        with own:
+            own.send(gateway.request("chat"))
+            answer = own.read_response()
+            assert (answer.status, answer.body) == (200, GOOD)
+            own.half_close()
+            assert own.read_to_end() == b""
+    gateway.settled(worker)
+    worker.serve()  # its idle connections go with the replica
+    gateway.wait_until(lambda: not engine._open, what="the end of idle connections")
+    worker.serve(engine.address)
+
+
+@FAST
+@given(
+    read_cuts=cuts,
+    api=st.sampled_from(APIS),
+    framing=st.sampled_from(["chunked", "length"]),
+    stream=st.booleans(),
+    mutations=st.lists(mutation, min_size=1, max_size=3),
+)
+def test_mutations_of_answers(
+    worker: WorkerProcess,
+    engine: ScriptedEngine,
+    read_cuts: list[float],
+    api: str,
+    framing: str,
+    stream: bool,
+    mutations: list[tuple[str, float, bytes]],
+) -> None:
+    """An error, or whatever the mutated bytes say; properly framed or visibly cut, and nothing of it comes later."""
+    events = EVENTS[api] if stream else [ANSWERS[api]]
+    raw = mutate(framed(EVENT_STREAM if stream else JSON, events, framing), mutations)
+    engine.scripts = [[*split(raw, read_cuts), "close"]]
+    with client.connect(worker.url) as wire:
+        wire.send(gateway.request(api, stream=stream))
+        head = wire.read_head()
+        assert 200 <= head.status < 600
+        with contextlib.suppress(Ended):
+            for _ in wire.body_pieces(head):
+                pass
+        well_after(worker, engine, None if _ended(wire) else wire)
+
+
+def _ended(wire: client.Wire) -> bool:
+    """Whether the other side has ended it; fails where bytes are left that belong to no answer."""
+    if wire.is_quiet(0.001):
+        return False
+    assert wire.read_to_end() == b""
+    return True
+
+
+ONE = http_answer(PLAIN)
+ODD = {
+    "bytes behind a length": ([ONE + b"x"], {502}),
+    "bytes behind a length, later": ([ONE, b"x"], {200}),
+    "an answer behind a length": ([ONE + http_answer(b'{"injected":1}')], {502}),
+    "an answer behind a length, later": ([ONE, http_answer(b'{"injected":1}')], {200}),
+    "an answer behind chunks": ([framed(JSON, [PLAIN], "chunked") + http_answer(b'{"injected":1}')], {200}),
+    "garbage behind chunks": ([framed(JSON, [PLAIN], "chunked") + b"\r\n\0"], {200}),
+    "100 with a length": ([b"HTTP/1.1 100 Continue\r\ncontent-length: 5\r\n\r\n" + ONE], {200, 502}),
+    "103 and a type": ([b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\ncontent-type: a/b\r\n\r\n" + ONE], {200}),
+    "102 and nothing else": ([b"HTTP/1.1 102 Processing\r\n\r\n"], {502}),
+    "101": ([b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + ONE], {200, 502}),
+    "101 to another protocol": (
+        [b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n" + ONE],
+        {502},
+    ),
+    "204": ([b"HTTP/1.1 204 No Content\r\n\r\n"], {502}),
+    "204 with a body": ([b"HTTP/1.1 204 No Content\r\ncontent-length: 2\r\n\r\n{}"], {502}),
+    "204 with chunks": ([b"HTTP/1.1 204 No Content\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"], {502}),
+    "304 with a body": ([b"HTTP/1.1 304 Not Modified\r\ncontent-length: 2\r\n\r\n{}"], {502}),
+    "a redirect": ([http_answer(b"{}", 307, b"location: http://elsewhere/\r\n")], {502}),
+    "another success": ([http_answer(PLAIN, 206)], {502}),
+    "no such status": ([http_answer(PLAIN, 999)], {502}),
+    "status 600": ([http_answer(PLAIN, 600)], {502}),
+    "status 0": ([b"HTTP/1.1 000 X\r\ncontent-length: 2\r\n\r\n{}"], {502}),
+    "status 99": ([b"HTTP/1.1 099 X\r\ncontent-length: 2\r\n\r\n{}"], {502}),
+    "a length and chunks": (
+        [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"],
+        {502},
+    ),
+    "a folded type": ([b"HTTP/1.1 200 OK\r\ncontent-type: a\r\n x: b\r\ncontent-length: 2\r\n\r\n{}"], {502}),
+    "two types": ([b"HTTP/1.1 200 OK\r\ncontent-type: a/b\r\n" + ONE.partition(b"\r\n")[2]], {200}),
+    "lines that end with a line feed": ([b"HTTP/1.1 200 OK\ncontent-length: 2\n\n{}"], {502}),
+    "HTTP/1.0": ([ONE.replace(b"HTTP/1.1", b"HTTP/1.0", 1)], {200}),
+    "another coding": ([b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n{}"], {502}),
+    "nothing": ([], {502}),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_answers(worker: WorkerProcess, engine: ScriptedEngine, name: str, stream: bool) -> None:
+    script, statuses = ODD[name]
+    engine.scripts = [[*script, "close"]]
+    with contextlib.ExitStack() as stack:
+        wire = stack.enter_context(client.connect(worker.url))
+        wire.send(gateway.request("chat", stream=stream))
+        answer = wire.read_response()
+        assert answer.status in ({502} if stream else statuses), answer.body
+        assert answer.status == 502 or answer.body == PLAIN
+        well_after(worker, engine, wire)
+
+
+UNREADABLE = [
+    b'{"error":{"message":"\xff","code":400}}',
+    b'{"model":"\xff","choices":[{"message":{"content":"\xff"}}]}',
+    b'{"error":' + b"[" * 100_000,
+    b"[" * 5000 + b"]" * 5000,
+    b"\xff|<|channel|>",
+    b'{"type":"tool_use","name":"<|channel|>\xff"}',
+    b"null",
+    b"1",
+    b'{"error":null}',
+    b'{"error":{"message":{},"code":"x"}}',
+]
+
+
+@pytest.mark.parametrize("body", UNREADABLE, ids=lambda body: repr(body[:30]))
+@pytest.mark.parametrize("api", [*APIS, "guidance"])
+def test_answers_that_cannot_be_read(worker: WorkerProcess, engine: ScriptedEngine, body: bytes, api: str) -> None:
+    """Plain ones go on as they are where nothing of them has to be known; a stream does not begin with one."""
+
+    def answered(raw: bytes, request: bytes) -> int:
+        engine.scripts = [[raw]]
+        answer = gateway.ask(worker, request)
+        gateway.settled(worker)
+        return answer.status
+
+    if api == "guidance":
+        request = client.post("/emergency-guidance", {"prompt": "Help"}, gateway.AUTH)
+        assert answered(http_answer(body), request) == 502
+        assert answered(http_answer(body, 400), request) == 400
+        return
+    request = gateway.request(api)
+    assert answered(http_answer(body), request) in (200, 502)
+    assert answered(http_answer(body, 400), request) == 400
+    for status in (500, 503):
+        assert answered(http_answer(body, status), request) in (502, 503)
+    for event in (b"data: " + body + b"\n\n", b"event: error\ndata: " + body + b"\n\n"):
+        raw = framed(EVENT_STREAM, [event], "chunked")
+        assert answered(raw, gateway.request(api, stream=True)) in (400, 502)
+        raw = framed(EVENT_STREAM, [EVENTS[api][0], EVENTS[api][2], event], "chunked")
+        assert answered(raw, gateway.request(api, stream=True)) in (200, 400, 502)
+
+
+def test_a_length_in_an_interim_answer_frames_nothing(worker: WorkerProcess, engine: ScriptedEngine) -> None:
+    """Of an answer so long that its head is relayed before its end."""
+    body = b'{"choices":[{"text":"' + b"x" * 3_000_000 + b'"}]}'
+    interim = b"HTTP/1.1 103 Early Hints\r\ncontent-length: 5\r\ncontent-type: a/b\r\n\r\n"
+    engine.scripts = [[interim + b"HTTP/1.1 200 OK\r\n" + framed(b"", [body], "chunked"), "close"]]
+    answer = gateway.ask(worker, gateway.request("chat"))
+    assert answer.body == body
+    assert answer.head.headers["content-type"] == "application/json"
+    well_after(worker, engine)
+
+
+@pytest.mark.parametrize("size", [14, 15, 16, 0xFE, 0xFF, 0x100, 0xFFE, 0xFFF, 0x1000])
+def test_a_chunk_that_is_longer_than_its_size(worker: WorkerProcess, engine: ScriptedEngine, size: int) -> None:
+    """However long it is, the client's framing stays right."""
+    event = b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % (b"x" * 5000)
+    begin = STREAM_HEAD + b"".join(map(chunk, CHAT[:2]))
+    wrong = b"%x\r\n%b\n\n\r\n" % (size, event[: size - 1])
+    engine.scripts = [[begin, wrong, LAST_CHUNK, "close"]]
+    answer = gateway.ask(worker, gateway.request("chat", stream=True))
+    assert gateway.terminal_error("chat", answer.events)["code"] == "engine_protocol"
+    well_after(worker, engine)
+
+
+def test_an_error_without_end_is_given_up(worker: WorkerProcess, engine: ScriptedEngine) -> None:
+    engine.scripts = [[b"HTTP/1.1 400 X\r\ntransfer-encoding: chunked\r\n\r\n" + chunk(b"x" * 20_000_000), "close"]]
+    for stream in (False, True):
+        assert gateway.ask(worker, gateway.request("chat", stream=stream)).status == 502
+    well_after(worker, engine)
+
+
+def test_an_answer_before_the_request_was_sent_whole(worker: WorkerProcess, engine: ScriptedEngine) -> None:
+    """The rest of that request is not left in front of the next one, which goes by another connection."""
+    seen: list[bytes] = []
+
+    def hasty(listener: socket.socket) -> None:
+        with contextlib.ExitStack() as stack:
+            for answer in (http_answer(b'{"error":{"message":"too large"}}', 413), http_answer(GOOD)):
+                own = stack.enter_context(listener.accept()[0])
+                seen.append(own.recv(1000))  # and nothing more
+                own.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=hasty, args=(listener,), daemon=True)
+        thread.start()
+        worker.serve("http://{}:{}".format(*listener.getsockname()))
+        assert ask_for(worker, "x" * 6_000_000).status == 413
+        answer = ask_for(worker, "y")
+        assert (answer.status, answer.body) == (200, GOOD)
+        thread.join(5)
+    assert all(request.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n") for request in seen)
+    gateway.settled(worker)
+    worker.serve(engine.address)
+
+
+def ask_for(worker: WorkerProcess, text: str) -> Response:
+    return gateway.ask(worker, gateway.request("chat", messages=[{"role": "user", "content": text}]))
+
+
 def test_an_answer_after_a_hundred_continues(worker: WorkerProcess, engine: ScriptedEngine) -> None:
     raw = b"HTTP/1.1 100 Continue\r\n\r\n" * 100 + http_answer(PLAIN)
     assert ask(worker, engine, [raw], gateway.request("chat")).body == PLAIN
 
 
 def test_bytes_nobody_asked_for_end_an_idle_connection(worker: WorkerProcess, engine: ScriptedEngine) -> None:
+    left = engine.left
     engine.scripts = [[http_answer(PLAIN), http_answer(b'{"injected":true}')], [http_answer(PLAIN)]]
     assert gateway.ask(worker, gateway.request("chat")).body == PLAIN
     # Bytes that come after the next request was sent are its answer, as far as anybody can tell.
-    gateway.wait_until(lambda: engine.left == 1, what="the idle connection's end")
+    gateway.wait_until(lambda: engine.left == left + 1, what="the idle connection's end")
     for _ in range(2):
         assert gateway.ask(worker, gateway.request("chat")).body == PLAIN
     gateway.settled(worker)

@@ -33,6 +33,9 @@ ENDINGS: Final[dict[str, tuple[bytes, ...]]] = {
 ABORTED: Final = b'"finish_reason":"abort"'
 NO_TOKENS: Final = b'"output_tokens":0'  # Responses and Messages have no finish reason that says it
 
+# What a decoder may raise over an engine's bytes: no JSON, no UTF-8, nested without end.
+UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _decode = msgspec.json.Decoder().decode
 
 
@@ -53,7 +56,7 @@ def judge(event: bytes, dialect: str) -> Verdict:
         return "end"
     try:
         document = _decode(data)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return "error"
     if not isinstance(document, dict):
         return "error"

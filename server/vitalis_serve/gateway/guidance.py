@@ -10,6 +10,7 @@ import msgspec
 
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway.body import top_level
+from vitalis_serve.gateway.events import UNREADABLE
 from vitalis_serve.gateway.keys import Route
 
 ROUTE: Final = "vitalis-emergency"
@@ -117,7 +118,7 @@ def answer(question: Question, document: bytes, seconds: float) -> dict[str, Any
     try:
         chat = _chat(document)
         choice = chat.choices[0]
-    except (msgspec.DecodeError, IndexError):
+    except (*UNREADABLE, IndexError):
         raise ServeError("engine_protocol", "The engine's answer could not be read.") from None
     response = choice.message.content
     if not response:
@@ -150,5 +151,5 @@ def engine_envelope(document: bytes) -> dict[str, Any]:
     """The same around what an engine's own error answer says."""
     try:
         return envelope(_refusal(document).error.message)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return envelope("The engine refused the request.")

@@ -21,6 +21,8 @@ from typing import Any, Final
 
 import msgspec
 
+from vitalis_serve.gateway.events import UNREADABLE
+
 # The words are in openai_harmony.abi3.so of oss-harmony 0.0.11; the first five were seen by feeding its
 # StreamableParser. vLLM 0.32 swallows them while it parses (vllm/parser/harmony.py lines 141, 340, 385) and then
 # leaks (below); older ones answer them as `error.message`, as 0.32 still does with what Harmony raises elsewhere
@@ -80,7 +82,7 @@ def _message(body: bytes) -> str:
     """The sentence of an error in any of the APIs' envelopes; the text itself where it is no JSON."""
     try:
         document = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return body[:4096].decode("utf-8", "replace").strip()
     if not isinstance(document, dict):
         return ""
@@ -131,7 +133,7 @@ def _is_argument(payload: bytes) -> bool:
         return False
     try:
         names = _tool_names([_decode(payload)])
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return False
     return not any(_MARK.search(name.encode("utf-8", "replace")) for name in names)
 
@@ -177,7 +179,7 @@ def _names_mark(raw: bytes) -> bool:
         return False
     try:
         entries = _decode(raw)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return False  # the engine says what is wrong
     return any(_MARK.search(name.encode("utf-8", "replace")) for name in _tool_names(entries))
 

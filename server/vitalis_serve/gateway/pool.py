@@ -90,7 +90,8 @@ class EngineConnection(asyncio.Protocol):
             # so it is not asked. Saves a fifth of an event's cost outside the kernel.
             if self._boundary and relay.passing:
                 start = 4 if len(data) <= _TWO_DIGITS else 5
-                if data.startswith(b"%x\r\n" % (len(data) - start - 2)) and data.endswith(b"\n\n\r\n"):
+                size = b"%x\r\n" % (len(data) - start - 2)
+                if len(size) == start and data.startswith(size) and data.endswith(b"\n\n\r\n"):
                     relay.on_engine_chunk(data, start)
                     return
             self._received(relay, data)
@@ -105,7 +106,7 @@ class EngineConnection(asyncio.Protocol):
             self._head_bytes += len(data)
         try:
             self._feed(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             # More than the length that was announced: what was taken for the whole answer may be a part of it.
             if not self._complete or self.content_length >= 0:
                 relay.on_engine_failed("protocol", "The engine's answer is not valid HTTP.")
@@ -133,7 +134,8 @@ class EngineConnection(asyncio.Protocol):
         self.relay = None
         self.served += 1
         content_type = self.content_type
-        if self.usable and self._keep_alive:
+        # Answered before it had read the whole request: what is left of that must not stand in front of another.
+        if self.usable and self._keep_alive and not self.transport.get_write_buffer_size():
             self._reset()
             self.pool.put_back(self)
         else:
@@ -166,7 +168,8 @@ class EngineConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status < 200:
+        if 100 <= status < 200:  # not the answer yet: nothing in it is about that
+            self.content_type, self.content_length = b"", -1
             return
         self.status = status
         self.in_body = True

@@ -448,7 +448,11 @@ class Relay:
             self._hold_events(payload)
             return
         self._held += payload
-        if len(self._held) > MAX_HELD_BYTES and connection.status == 200:
+        if len(self._held) <= MAX_HELD_BYTES:
+            return
+        if connection.status != 200:
+            self.on_engine_failed("protocol", "The engine's error is too long.")
+        else:
             self._relay_head(connection.content_type, connection.content_length)
             held, self._held = self._held, b""
             self._tail = held[-usage.LONGEST :]
@@ -490,6 +494,8 @@ class Relay:
             self._harmony_failed(kind)
         elif status == 503:
             self._sent_at = 0.0
+        elif not 400 <= status < 600:
+            self._try_failed("protocol", "engine_protocol", f"The engine answered {status}, which is no answer here.")
             self._try_failed("status_503", "queue_full", "Every engine that holds this model is busy.")
         else:
             self._try_failed(f"status_{status}", "engine_protocol", f"The engine answered {status}: {_sentence(body)}")
@@ -965,7 +971,7 @@ def _status_of(data: bytes) -> int:
     """The HTTP status that vLLM puts into an error event as `code`; 500 where there is none."""
     try:
         code = msgspec.json.decode(data)["error"]["code"]
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (*events.UNREADABLE, KeyError, TypeError):
         return 500
     return code if isinstance(code, int) and 400 <= code < 600 else 500
 
@@ -975,6 +981,6 @@ def _sentence(body: bytes) -> str:
     try:
         document = msgspec.json.decode(body)
         message = document["error"]["message"] if isinstance(document, dict) else ""
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (*events.UNREADABLE, KeyError, TypeError):
         message = ""
     return str(message)[:300] or "no reason given"

@@ -7,6 +7,7 @@ import msgspec
 
 from vitalis_serve.errors import NEVER_RETRIED, ServeError
 from vitalis_serve.gateway import guidance
+from vitalis_serve.gateway.events import UNREADABLE
 
 STATUS_LINES: Final[dict[int, bytes]] = {
     **{code: b"HTTP/1.1 %d \r\n" % code for code in range(100, 600)},
@@ -43,7 +44,7 @@ def engine_envelope(document: bytes, status: int, dialect: str, request_id: str)
         return document
     try:
         message = msgspec.json.decode(document)["error"]["message"]
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         return document
     kind = {400: "invalid_request_error", 404: "not_found_error"}.get(status, "api_error")
     return _encode({"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id})
