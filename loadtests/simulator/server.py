@@ -308,6 +308,7 @@ class Server:
             "address": self.address,
             "uptime_seconds": time.monotonic() - self._started,
             "connections_opened": self._counts["connections"],
+            "unsent_bytes": sum(one.transport.get_write_buffer_size() for one in self.connections if not one.gone),
             "connections_open": len(own),
             "requests_seen": self._counts["requests"],
             "requests_by_path": self._paths,

@@ -185,6 +185,13 @@ class Wire:
             self._receive(time.monotonic() + seconds)
         return self._take(len(self._buffer))
 
+    def sip(self, count: int, seconds: float = DEADLINE_SECONDS) -> None:
+        """At most so many bytes are taken off the socket, and kept for the reads to come."""
+        self.socket.settimeout(seconds)
+        data = self.socket.recv(count)
+        self.received += len(data)
+        self._buffer += data
+
     def read_to_end(self, seconds: float = DEADLINE_SECONDS) -> bytes:
         """Everything until the other side ends its stream."""
         deadline = time.monotonic() + seconds

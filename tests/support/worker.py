@@ -159,10 +159,13 @@ class WorkerProcess:
 
 @contextlib.contextmanager
 def running_worker(folder: Path, *, document: bytes | None = None, **options: Any) -> Iterator[WorkerProcess]:
-    """A worker on a free loopback port with KEY in force and no engines yet."""
+    """A worker on a free loopback port with KEY in force and no engines yet. `send_buffer`: that of its sockets to
+    clients, in bytes, in place of the system's own that grows to megabytes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "snapshot.json").write_bytes(document if document is not None else snapshot())
     with socket.create_server(("127.0.0.1", options.pop("port", 0)), backlog=4096) as data:
+        if (size := options.pop("send_buffer", None)) is not None:
+            data.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)  # what it accepts has it too
         worker = WorkerProcess(folder, data, options)
         try:
             yield worker

@@ -10,7 +10,11 @@ Compared with ASGI this saves the per-request task, cycle object and dictionarie
 """
 
 import asyncio
+import contextlib
+import fcntl
 import logging
+import sys
+import termios
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
@@ -60,7 +64,9 @@ class ClientConnection(asyncio.Protocol):
         "_received",
         "_relay",
         "_state",
+        "_taken_at",
         "_trailer_bytes",
+        "_unsent",
         "_url",
         "_wanted_body",
         "deadline",
@@ -76,7 +82,9 @@ class ClientConnection(asyncio.Protocol):
         self._connections = connections
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set before anything else is called
         self.write: Any = None
-        self.paused_at = 0.0
+        self.paused_at = 0.0  # since when more is written than the client has taken; 0 while it keeps up
+        self._taken_at = 0.0  # when the sweep last saw that it had taken some of that
+        self._unsent = 0  # how much there was to take then
         self.phase = HEAD
         self.deadline = 0.0
         self._parser = httptools.HttpRequestParser(self)
@@ -131,7 +139,7 @@ class ClientConnection(asyncio.Protocol):
         return False  # a client that half-closes has left, as for nginx
 
     def pause_writing(self) -> None:
-        self.paused_at = self._state.now()
+        self.paused_at = self._taken_at = self._state.now()
         if self._relay is not None:
             self._relay.pause()
 
@@ -528,7 +536,7 @@ class ClientConnection(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Once per sweep: deadlines of the head, the body, idleness, and of a client that does not read."""
-        if self.paused_at and now - self.paused_at >= self._state.options.client_stalled_seconds:
+        if self.paused_at and self._stalled(now):
             if self._relay is not None:
                 self._relay.cancel("client_gone", "client_stalled")
             self.transport.abort()
@@ -546,6 +554,20 @@ class ClientConnection(asyncio.Protocol):
             else:
                 self.transport.abort() if phase == LINGERING else self._close()
 
+    def _stalled(self, now: float) -> bool:
+        """Whether a client with bytes to take has taken none for too long. Who reads on, however slowly, is cut only
+        where it takes him longer than a request may take in all."""
+        options = self._state.options
+        patience, unsent = options.client_stalled_seconds, _unsent(self.transport)
+        if now - self.paused_at >= options.total_seconds:
+            return True
+        if unsent == self._unsent:
+            return now - self._taken_at >= patience
+        self._unsent, self._taken_at = unsent, now
+        if self.phase == LINGERING and not self._state.draining:
+            self.deadline = max(self.deadline, now + patience)
+        return False
+
     def shutdown(self) -> None:
         """uvicorn's `Server` calls this when it stops: idle connections close, running requests finish."""
         self._state.draining = True
@@ -562,6 +584,16 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._close()
         self.deadline = min(self.deadline, self._state.now() + LINGER_SECONDS)
+
+
+def _unsent(transport: asyncio.Transport) -> int:
+    """Bytes that the other side has not taken: here, and in the system's own buffer, which may hold megabytes and
+    asks for more only when a third of them has gone."""
+    count = transport.get_write_buffer_size()
+    with contextlib.suppress(OSError):  # it is being closed
+        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+        count += int.from_bytes(queued, sys.byteorder)
+    return count
 
 
 def _too_large(limit: int) -> ServeError:
