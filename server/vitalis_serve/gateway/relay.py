@@ -240,12 +240,14 @@ class Relay:
             return
         if now >= self._deadline:
             self._fail(ServeError("total_timeout", "The request took longer than is allowed in all."))
+        elif self.client.paused_at:
+            self._fresh, self._idle_since = False, now  # nobody listens to the engine: its silence is not its own
         elif phase == WAITING and self.stream and now - self._idle_since >= self._state.options.first_token_seconds:
             self._count_failure("first_token_timeout")
             self._sick(now)
             self._fail(ServeError("first_token_timeout", "The engine gave no first token in time."))
         elif phase == RELAYING:
-            if self._fresh or self.client.paused_at:
+            if self._fresh:
                 self._fresh, self._idle_since = False, now
             elif now - self._idle_since >= self._state.options.idle_seconds:
                 self._count_failure("idle_timeout")
