@@ -11,7 +11,7 @@ TIP = 'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" or
 HALO = 'stroke="white" stroke-width="3" paint-order="stroke" stroke-opacity="0.85"'
 Point = tuple[float, float]
 
-SERVING = ("ready", "busy", "suspect")
+SERVING = ("ready", "busy", "suspect", "hung")
 DOWN = ("backoff", "failed")
 
 
@@ -167,18 +167,21 @@ def replica_states() -> Figure:
     f.arrow((672, 90), (738, 90), both=True)
     f.parts[-1] = f.parts[-1].replace("/>", ' data-from="ready busy" data-to="busy ready"/>')
     f.text(706, 60, "all slots taken")
-    f.arrow((640, 110), (680, 150), both=True)
-    f.parts[-1] = f.parts[-1].replace("/>", ' data-from="ready suspect" data-to="suspect ready"/>')
-    f.text(650, 140, "no proof\nof health", anchor="end")
-    f.arrow((776, 110), (738, 150), both=True)
-    f.parts[-1] = f.parts[-1].replace("/>", ' data-from="busy suspect" data-to="suspect busy"/>')
+    f.arrow((636, 110), (656, 150), both=True)
+    f.parts[-1] = f.parts[-1].replace("/>", ' data-from="ready suspect hung" data-to="suspect ready"/>')
+    f.text(636, 136, "no proof\nof health", anchor="end")
+    f.arrow((776, 110), (690, 150), both=True)
+    f.parts[-1] = f.parts[-1].replace("/>", ' data-from="busy suspect hung" data-to="suspect busy"/>')
+    f.arrow((717, 172), (759, 172), states=one("suspect", "hung"))
+    f.text(738, 203, "none for hung_seconds")
     f.group(570, 22, 300, 192, "serving: ready and busy take new requests")
     f.group(216, 240, 230, 90, "down")
     f.box(75, 60, 100, 40, "planned")
     f.box(330, 60, 112, 40, "starting")
     f.box(626, 90, 90, 40, "ready", GREEN)
     f.box(786, 90, 90, 40, "busy", GREEN)
-    f.box(710, 172, 100, 40, "suspect", SAND)
+    f.box(666, 172, 100, 40, "suspect", SAND)
+    f.box(806, 172, 90, 40, "hung", SAND)
     f.box(275, 290, 90, 40, "backoff", ROSE)
     f.box(385, 290, 90, 40, "failed", ROSE)
     f.box(710, 300, 130, 40, "draining", BLUE)

@@ -10,13 +10,15 @@ from typing import Any
 
 
 class ReplicaState(StrEnum):
-    """Design section 9. `ready` and `busy` take new requests; `draining` only finishes what it has."""
+    """`ready` and `busy` take new requests; `draining` only finishes what it has. Dead are `backoff`, which is started
+    again, and `failed`, which is not."""
 
     PLANNED = "planned"
     STARTING = "starting"
     READY = "ready"
     BUSY = "busy"
     SUSPECT = "suspect"
+    HUNG = "hung"
     DRAINING = "draining"
     STOPPED = "stopped"
     BACKOFF = "backoff"

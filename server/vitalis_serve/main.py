@@ -44,7 +44,7 @@ from vitalis_serve.supervise.attendant import AttendantSpec
 from vitalis_serve.supervise.child import keep
 from vitalis_serve.supervise.lifecycle import Policy
 from vitalis_serve.supervise.output import Output
-from vitalis_serve.supervise.replica import Listing, ReplicaSpec, Sight
+from vitalis_serve.supervise.replica import Answer, Listing, ReplicaSpec, Sight
 from vitalis_serve.supervise.supervisor import Supervisor, SupervisorOptions
 from vitalis_serve.welcome import Welcome
 
@@ -334,14 +334,19 @@ class EngineProber:
         said = await probe.models(self.address, deadline)
         return Listing(said.names, said.reason)
 
-    async def answers(self, model: str, deadline: float) -> str:
+    async def answers(self, model: str, deadline: float) -> Answer:
         result = await probe.answers(self.address, model, deadline)
-        return "" if result.ready else result.reason
+        return Answer(result.reason, refused=result.refused, busy=result.busy)
 
     async def look(self, deadline: float) -> Sight:
         seen = await probe.progress(self.address, deadline)
         return Sight(
-            seen.healthy, seen.running, seen.counters, seen.refused, seen.reason, kv_tokens=seen.kv_cache_tokens or 0
+            seen.healthy,
+            seen.running + seen.waiting,
+            seen.counters,
+            seen.refused,
+            seen.reason,
+            kv_tokens=seen.kv_cache_tokens or 0,
         )
 
 

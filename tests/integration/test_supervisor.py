@@ -213,8 +213,8 @@ def test_a_frozen_engine_under_work_is_unpublished_and_then_replaced(var):
     var.engine("freeze")
     var.until(lambda: var.replica()["incarnation"] == 2 and var.replica()["state"] == "ready")
     seen = [r["state"] for fleet in var.fleets() for r in fleet["replicas"]]
-    assert [state for n, state in enumerate(seen) if state != seen[n - 1]][-4:] == [
-        "suspect", "backoff", "starting", "ready",
+    assert [state for n, state in enumerate(seen) if state != seen[n - 1]][-5:] == [
+        "suspect", "hung", "backoff", "starting", "ready",
     ]  # fmt: skip
     assert "hung: " in var.log.read_text()
 

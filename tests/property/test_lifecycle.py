@@ -18,7 +18,7 @@ events = st.one_of(
     st.just(lc.Hasten()),
     st.just(lc.Answered()),
     st.builds(lc.Observed, st.booleans(), st.booleans(), st.booleans()),
-    st.builds(lc.ProbeFailed, st.just("refused"), st.booleans()),
+    st.builds(lc.ProbeFailed, st.just("refused"), st.booleans(), st.booleans()),
     st.just(lc.Idle()),
     st.builds(lc.Exited, st.sampled_from([0, 1, -9, None]), st.just(""), st.floats(0, 0.999)),
     st.just(lc.Tick()),
@@ -152,3 +152,25 @@ def test_requests_are_only_sent_to_what_has_answered(story, policy):
             answered = edge.life.incarnation
         if edge.life.state in (State.READY, State.BUSY):
             assert answered == edge.life.incarnation
+
+
+@given(story, policies)
+def test_progress_alone_never_brings_back_what_spoils_requests(story, policy):
+    edge = Edge(policy)
+    for event, pause in story:
+        edge.now += pause
+        was = edge.life
+        edge.feed(event)
+        if edge.life.state in (State.READY, State.BUSY):
+            assert not edge.life.spoils
+            assert not was.spoils or isinstance(event, lc.Answered)
+
+
+@given(story)
+def test_only_one_that_is_not_ours_is_hung_and_left_alone(story):
+    edge = Edge(POLICY)
+    for event, pause in story:
+        edge.now += pause
+        edge.feed(event)
+        if edge.life.state is State.HUNG:
+            assert edge.life.ending == "crash"

@@ -19,7 +19,7 @@ from vitalis_serve.supervise import folders, orphans
 from vitalis_serve.supervise.attendant import AttendantSpec
 from vitalis_serve.supervise.commands import NotRunning, request
 from vitalis_serve.supervise.lifecycle import Policy
-from vitalis_serve.supervise.replica import Listing, ReplicaSpec, Sight
+from vitalis_serve.supervise.replica import Answer, Listing, ReplicaSpec, Sight
 from vitalis_serve.supervise.supervisor import Supervisor, SupervisorOptions
 
 HERE = Path(__file__).parent
@@ -42,20 +42,23 @@ class TinyProber:
     async def models(self, deadline: float) -> Listing:
         return Listing(("tiny",))
 
-    async def answers(self, model: str, deadline: float) -> str:
+    async def answers(self, model: str, deadline: float) -> Answer:
         try:
-            return "" if await self.exchange("ask", deadline) == "right" else "a wrong answer"
-        except (OSError, TimeoutError) as exc:
-            return repr(exc)
+            right = await self.exchange("ask", deadline) == "right"
+        except TimeoutError:
+            return Answer("no answer in time")
+        except OSError as exc:
+            return Answer(repr(exc), refused=True)
+        return Answer() if right else Answer("a wrong answer", refused=True)
 
     async def look(self, deadline: float) -> Sight:
         try:
-            running, counter = (await self.exchange("look", deadline)).split()
+            requests, counter = (await self.exchange("look", deadline)).split()
         except TimeoutError:
             return Sight(False, reason="no answer in time")
         except (OSError, ValueError) as exc:
             return Sight(False, refused=True, reason=repr(exc))
-        return Sight(True, int(running), int(counter))
+        return Sight(True, int(requests), int(counter))
 
 
 def run_supervisor(options: dict[str, Any]) -> None:

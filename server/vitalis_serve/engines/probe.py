@@ -6,6 +6,7 @@ exception.
 """
 
 import asyncio
+import errno
 import json
 import math
 import re
@@ -27,24 +28,33 @@ _SERIES: Final[Mapping[str, str]] = {
     "vllm:prompt_tokens_total": "prompt_tokens",
     "vllm:kv_cache_usage_perc": "kv_cache_usage",
 }
+# A Unix socket's accept queue is full (asyncio takes that for a connection, which it then lacks), or we lack
+# descriptors or memory: as if nothing had come in time.
+_NOT_ITS_FAULT: Final = frozenset(
+    {errno.EAGAIN, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+)
 _SAMPLE: Final = re.compile(rb"^(vllm:[a-z_]+)(?:\{[^\n]*\})? ([^\s]+)", re.MULTILINE)
 
 
 class ProbeError(Exception):
-    """What went wrong, in a few words. `refused`: it said no or nobody listens, rather than nothing in time."""
+    """What went wrong, in a few words. `refused`: it said no or nobody listens, rather than nothing in time. `busy`: it
+    said 503 to a real request."""
 
-    def __init__(self, reason: str, *, refused: bool = False) -> None:
+    def __init__(self, reason: str, *, refused: bool = False, busy: bool = False) -> None:
         super().__init__(reason)
         self.refused = refused
+        self.busy = busy
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """`ready` only if the model generated a token. `reason` says what was wrong otherwise. `text` is the answer."""
+    """`ready` only if the model generated a token. `reason` says what was wrong otherwise; `refused` and `busy` as in
+    ProbeError. `text` is the answer."""
 
     ready: bool
     reason: str = ""
     refused: bool = False
+    busy: bool = False
     text: str = ""
     seconds: float = 0.0
 
@@ -86,10 +96,10 @@ async def answers(address: str, model: str, deadline: float) -> ProbeResult:
     try:
         status, answer = await request(address, "POST", "/v1/completions", deadline, body)
         if status != 200:
-            raise ProbeError(f"answered {status}: {_message(answer)}", refused=True)
+            raise ProbeError(f"answered {status}: {_message(answer)}", refused=True, busy=status == 503)
         text = _completion(answer)
     except ProbeError as error:
-        return ProbeResult(False, str(error), error.refused, seconds=loop.time() - began)
+        return ProbeResult(False, str(error), error.refused, error.busy, seconds=loop.time() - began)
     return ProbeResult(True, text=text, seconds=loop.time() - began)
 
 
@@ -171,7 +181,8 @@ async def request(address: str, method: str, path: str, deadline: float, body: b
     except asyncio.LimitOverrunError:
         raise ProbeError("the answer is not HTTP", refused=True) from None
     except (OSError, ValueError) as error:
-        raise ProbeError(f"{type(error).__name__}: {error}", refused=True) from None
+        refused = getattr(error, "errno", None) not in _NOT_ITS_FAULT
+        raise ProbeError(f"{type(error).__name__}: {error}", refused=refused) from None
     finally:
         if writer is not None:
             writer.transport.abort()

@@ -133,6 +133,8 @@ class EngineConnection(asyncio.Protocol):
         status = self.status
         self.relay = None
         self.served += 1
+        if status == 200:
+            self.pool.arrivals += 1
         content_type = self.content_type
         # Answered before it had read the whole request: what is left of that must not stand in front of another.
         if self.usable and self._keep_alive and not self.transport.get_write_buffer_size():
@@ -212,6 +214,7 @@ class EnginePool:
         self.name = name
         self.address = address
         self.open = 0
+        self.arrivals = 0  # grows while answers come from there: in whole ones, and at each sweep that found tokens new
         self.retired = False
         self._idle: deque[EngineConnection] = deque()
         self._idle_seconds = idle_seconds

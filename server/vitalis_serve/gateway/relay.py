@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 RECEIVING, QUEUED, CONNECTING, WAITING, RELAYING, DONE = range(6)
 MAX_HELD_BYTES: Final = 1 << 20  # a plain answer larger than this is relayed while it comes
+DOUBT_SECONDS: Final = 2.0  # without a byte from the engine
 MAX_PREAMBLE_BYTES: Final = 16 << 20  # Responses repeats the whole request in its first event
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503})
 # What the engine is told: lower goes first there. vLLM without priority scheduling takes no notice of it.
@@ -217,6 +218,8 @@ class Relay:
 
     def cancel(self, outcome: str = "client_gone", code: str = "") -> None:
         """The client is gone (or must go): the engine connection is closed at once, the slot given back."""
+        if self.phase == WAITING and self._state.now() - self._idle_since >= DOUBT_SECONDS:
+            self._doubt(outcome)  # a frozen engine outlives the patience of some clients unnoticed
         if self.phase != DONE:
             self._release(outcome, code)
 
@@ -249,6 +252,8 @@ class Relay:
         elif phase == RELAYING:
             if self._fresh:
                 self._fresh, self._idle_since = False, now
+                if self._connection is not None:
+                    self._connection.pool.arrivals += 1
             elif now - self._idle_since >= self._state.options.idle_seconds:
                 self._count_failure("idle_timeout")
                 self._sick(now)
@@ -424,7 +429,6 @@ class Relay:
 
     def on_connect_failed(self, attempt: int, reason: str) -> None:
         if attempt == self._attempt and self.phase == CONNECTING:
-            self._state.suspect(self._seat, reason)
             # What looked like a stale connection was the engine's death, with this request on it.
             kind = "reset" if self._stale_at == self._tries else "connect"
             self._try_failed(kind, "engine_unreachable", "The engine could not be reached.")
@@ -521,7 +525,6 @@ class Relay:
             self._state.counters.retries["stale_connection"] += 1
             self._send()
             return
-        self._state.suspect(self._seat, "connection lost")
         self._try_failed(
             "cut" if started else "reset",
             "engine_unreachable",
@@ -867,6 +870,12 @@ class Relay:
 
     def _count_failure(self, kind: str) -> None:
         self._state.counters.upstream_failures[self._replica, kind] += 1
+        if not kind.startswith("harmony"):
+            self._doubt(kind)
+
+    def _doubt(self, reason: str) -> None:
+        """The supervisor is to find out whether this was the request's own doing or the engine's."""
+        self._state.on_suspect(self._replica, self._incarnation, reason)
 
     def _release(self, outcome: str, code: str) -> None:
         """The one exit. Nothing here can wait, so nothing can interrupt it."""

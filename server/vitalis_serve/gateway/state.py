@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 TICK_SECONDS: Final = 0.1
-SERVING: Final = frozenset({ReplicaState.READY, ReplicaState.BUSY, ReplicaState.SUSPECT})
+SERVING: Final = frozenset({ReplicaState.READY, ReplicaState.BUSY, ReplicaState.SUSPECT, ReplicaState.HUNG})
 CRASHED: Final = frozenset({ReplicaState.BACKOFF, ReplicaState.FAILED})
 
 
@@ -132,10 +132,6 @@ class WorkerState:
             relay.on_stranded()
         if self.owner is not None:
             self.owner.tell_troubles()
-
-    def suspect(self, seat: Seat | None, reason: str) -> None:
-        if seat is not None:
-            self.on_suspect(seat.replica.name, seat.replica.incarnation, reason)
 
     # -- admission
 

@@ -152,7 +152,8 @@ class Worker:
             if self.state.owner is not None:  # the others count their own
                 replicas = {name: n - self.state.owner.granted(name) for name, n in replicas.items()}
             count = self.state.counters.open_contexts
-            self._link.say({"type": "in_flight", "count": count, "replicas": replicas})
+            arrivals = {pool.name: pool.arrivals for pool in self.state.pools()}
+            self._link.say({"type": "in_flight", "count": count, "replicas": replicas, "arrivals": arrivals})
 
     def drain(self, seconds: float) -> None:
         """Accepts nothing more; what runs may finish for `seconds`, then it is properly ended."""

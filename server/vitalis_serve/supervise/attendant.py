@@ -33,6 +33,17 @@ State = Literal["starting", "ready", "draining", "backoff", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
+class Traffic:
+    """Between workers and one replica. `arrivals` grows whenever tokens came from there, and is only compared."""
+
+    in_flight: int = 0
+    arrivals: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.in_flight + other.in_flight, self.arrivals + other.arrivals)
+
+
+@dataclass(frozen=True, slots=True)
 class AttendantSpec:
     """`fds` are inherited under the same numbers; `environment` says what they are."""
 
@@ -45,7 +56,7 @@ class AttendantSpec:
 
 
 class Attendant:
-    """`fleet` gives the message to send it at start; `suspect` is told of replicas it could not reach."""
+    """`fleet` gives the message to send it at start; `suspect` is told of replicas where a request of its failed."""
 
     def __init__(
         self,
@@ -69,6 +80,7 @@ class Attendant:
         self._child: Child | None = None
         self._heard_at = 0.0
         self._in_flight: dict[str, int] = {}
+        self._arrivals: dict[str, int] = {}
         self._answers: deque[asyncio.Future[None]] = deque()  # in the order of our questions
         self._leaving = asyncio.Event()
 
@@ -82,11 +94,11 @@ class Attendant:
         if self._child is not None:
             self._child.send(json.dumps(message, separators=(",", ":")))
 
-    async def in_flight(self, replica: str) -> int:
-        """Requests it has at `replica` now; 0 if it is not there. One that does not answer in a second counts
+    async def traffic(self, replica: str) -> Traffic:
+        """What it has at `replica` now; nothing if it is not there. One that does not answer in a second counts
         as busy as it last was, or as 1: silence is no proof."""
         if self._child is None or self.state == "starting":
-            return 0
+            return Traffic()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._answers.append(answer)
         self.send({"type": "in_flight?"})
@@ -94,8 +106,8 @@ class Attendant:
             async with asyncio.timeout(ASK_SECONDS):
                 await answer
         except TimeoutError:
-            return max(1, self._in_flight.get(replica, 0))
-        return self._in_flight.get(replica, 0)
+            return Traffic(max(1, self._in_flight.get(replica, 0)), self._arrivals.get(replica, 0))
+        return Traffic(self._in_flight.get(replica, 0), self._arrivals.get(replica, 0))
 
     def drain(self, seconds: float) -> None:
         """No more replacements from here on. A worker that dies has drained, badly."""
@@ -173,6 +185,7 @@ class Attendant:
             listener.cancel()
         self._child = None
         self._in_flight.clear()
+        self._arrivals.clear()
         self._release()
         child.close()
         self.drained.set()
@@ -196,6 +209,7 @@ class Attendant:
                 logger.info("%s is ready (process %s)", self.spec.name, self.pid)
             case "in_flight":
                 self._in_flight = {str(name): int(n) for name, n in message.get("replicas", {}).items()}
+                self._arrivals = {str(name): int(n) for name, n in message.get("arrivals", {}).items()}
                 if self._answers and not (oldest := self._answers.popleft()).done():
                     oldest.set_result(None)
             case "drained":

@@ -20,13 +20,15 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     State.STARTING: frozenset({State.READY, State.DRAINING, State.BACKOFF, State.FAILED}),
     State.READY: frozenset({State.BUSY, State.SUSPECT, State.DRAINING, State.BACKOFF, State.FAILED}),
     State.BUSY: frozenset({State.READY, State.SUSPECT, State.DRAINING, State.BACKOFF, State.FAILED}),
-    State.SUSPECT: frozenset({State.READY, State.BUSY, State.DRAINING, State.BACKOFF, State.FAILED}),
+    State.SUSPECT: frozenset({State.READY, State.BUSY, State.HUNG, State.DRAINING, State.BACKOFF, State.FAILED}),
+    State.HUNG: frozenset({State.READY, State.BUSY, State.SUSPECT, State.DRAINING, State.BACKOFF, State.FAILED}),
     State.DRAINING: frozenset({State.STARTING, State.STOPPED, State.BACKOFF, State.FAILED}),
     State.STOPPED: frozenset({State.STARTING}),
     State.BACKOFF: frozenset({State.STARTING, State.STOPPED}),
     State.FAILED: frozenset({State.STARTING, State.STOPPED}),
 }
-SERVING: Final = frozenset({State.READY, State.BUSY, State.SUSPECT})
+SERVING: Final = frozenset({State.READY, State.BUSY, State.SUSPECT, State.HUNG})
+AWAY: Final = frozenset({State.SUSPECT, State.HUNG})  # serving what it has, and out of routing
 RESTING: Final = frozenset({State.PLANNED, State.STOPPED, State.BACKOFF, State.FAILED})  # no process
 
 KILL_SECONDS: Final = 10.0  # from asking a keeper for SIGKILL to giving up on the keeper itself
@@ -85,8 +87,9 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A cheap look at a serving engine. `working`: requests run there (its count or the gateway's); `moved`:
-    its counters differ from the last look; `full`: as many run as it has slots; `models`: as in Answered."""
+    """A look at a serving engine. `working`: it has requests (by its count or the gateway's); `moved`: its counters
+    differ from the last look's, or tokens arrived at the gateway; `full`: it has as many as it has slots; `models`: as
+    in Answered."""
 
     working: bool
     moved: bool
@@ -96,10 +99,12 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class ProbeFailed:
-    """`refused`: the engine said no (connection refused, 503), rather than nothing in time."""
+    """`refused`: the engine said no (connection refused, 503), rather than nothing in time. `spoilt`: it was a real
+    request that it said no to."""
 
     reason: str
     refused: bool = False
+    spoilt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +158,10 @@ Ending = Literal["", "stop", "restart", "crash"]
 @dataclass(frozen=True, slots=True)
 class Life:
     """`deadline` is the one instant at which the next Tick matters: end of starting, of back-off, of a drain
-    or of a termination. `proof_at`: when it was last seen well (idle and healthy, or moving). `models`: what it said
-    last that it serves, where it is asked; kept while it is away."""
+    or of a termination. `proof_at`: when it was last seen well (idle and healthy, or moving). `spoils`: it said no to a
+    real request, and only a right answer takes that back: a vLLM that drains finishes what runs, is healthy, and
+    answers 500 to all that is new. `models`: what it said last that it serves, where it is asked; kept while it is
+    away."""
 
     state: State = State.PLANNED
     incarnation: int = 0
@@ -165,6 +172,7 @@ class Life:
     after: Literal["stop", "restart"] = "stop"  # what a drain leads to
     ending: Ending = ""
     detail: str = ""
+    spoils: bool = False
     models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -216,6 +224,7 @@ def _start(life: Life, now: float, policy: Policy) -> Step:
         proof_at=now,
         ending="",
         detail="",
+        spoils=False,
     )
     return starting, (Spawn(),) if policy.owned else ()
 
@@ -323,18 +332,20 @@ def _seen(life: Life, event: Event, now: float, policy: Policy) -> Step:
         return life, ()
     match event:
         case Answered(models):
-            return _well(replace(life, models=models or life.models), State.READY, now), ()
+            return _well(replace(life, models=models or life.models, spoils=False), State.READY, now), ()
         case Observed(working, moved, full, models) if life.state in SERVING:
             life = replace(life, models=models or life.models)
-            # Out of suspect only by proof: a frozen vLLM with nothing counted as running looks idle and
+            if moved and life.spoils:
+                return _works_off(life, now), ()
+            # Back into routing only by proof: a frozen vLLM with nothing counted as running looks idle and
             # healthy.
-            if moved or (not working and life.state is not State.SUSPECT):
+            if moved or (not working and life.state not in AWAY):
                 return _well(life, State.BUSY if full else State.READY, now), ()
             return _overdue(life, now, policy)
-        case ProbeFailed(reason, refused) if life.state in SERVING:
-            if refused and life.state is not State.SUSPECT:
-                return _to(life, State.SUSPECT, detail=reason), ()
-            return _overdue(life, now, policy, reason)
+        case ProbeFailed(reason, refused, spoilt) if life.state in SERVING:
+            if refused and life.state not in AWAY:
+                return _to(life, State.SUSPECT, detail=reason, spoils=spoilt), ()
+            return _overdue(replace(life, spoils=life.spoils or spoilt), now, policy, reason, gone=refused)
         case ProbeFailed(reason):
             return replace(life, detail=f"waiting for a right answer: {reason}"), ()
         case _:
@@ -349,15 +360,21 @@ def _well(life: Life, state: State, now: float) -> Life:
     return _to(life, state, proof_at=now, detail="")
 
 
-def _overdue(life: Life, now: float, policy: Policy, reason: str = "") -> Step:
-    """No proof of health for half of hung_seconds: out of routing. For all of it: killed, as a crash."""
+def _works_off(life: Life, now: float) -> Life:
+    """It moves, so it is not hung, but takes nothing new."""
+    if life.state is State.HUNG:
+        return _to(life, State.SUSPECT, proof_at=now, detail="it works off what it has")
+    return replace(life, proof_at=now)
+
+
+def _overdue(life: Life, now: float, policy: Policy, reason: str = "", *, gone: bool = False) -> Step:
+    """No proof of health for half of hung_seconds: out of routing. For all of it: hung, and killed, as a crash. One
+    that is not ours cannot be killed; it is hung as long as it is silent, and suspect where it is `gone`."""
     silent = now - life.proof_at
     why = reason or life.detail or "no progress while requests run"
-    if silent >= policy.hung_seconds and policy.owned:
-        detail = f"hung: {why} for {silent:.0f} s"
-        if life.state is not State.SUSPECT:
-            life = _to(life, State.SUSPECT)
-        return _condemn(life, detail, now)
-    if silent >= policy.hung_seconds / 2 and life.state is not State.SUSPECT:
-        return _to(life, State.SUSPECT, detail=why), ()
-    return life, ()
+    if silent >= policy.hung_seconds / 2 and life.state not in AWAY:
+        life = _to(life, State.SUSPECT, detail=why)
+    if silent < policy.hung_seconds or life.state is not State.SUSPECT or (gone and not policy.owned):
+        return life, ()
+    hung = _to(life, State.HUNG, detail=f"hung: {why} for {silent:.0f} s")
+    return _condemn(hung, hung.detail, now) if policy.owned else (hung, ())

@@ -12,12 +12,13 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from vitalis_serve.fleet import Replica, ReplicaState
 from vitalis_serve.supervise import lifecycle, orphans
+from vitalis_serve.supervise.attendant import Traffic
 from vitalis_serve.supervise.child import Child, keep
 from vitalis_serve.supervise.lifecycle import Event, Kill, Life, Policy, Spawn, Terminate
 from vitalis_serve.supervise.output import Output
@@ -29,6 +30,8 @@ SUSPECT_PROBE_SECONDS = 0.5
 DRAINING_LOOK_SECONDS = 0.1
 MAX_PROBE_SECONDS = 10.0
 FIRST_ANSWER_SECONDS = 30.0  # an engine's first answer compiles and warms up what later ones find ready
+SHORT_ANSWER_SECONDS = 2.0  # of one that serves: it may stand behind others in the engine's queue
+AFTERWARDS_SECONDS = 1.0  # for a second look, at what became of a request that was not answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +40,25 @@ class Sight:
     compared.
 
     refused: it said no (or nobody listens), rather than nothing in time. kv_tokens: what its KV cache holds, 0 where
-    it does not say.
+    it does not say. requests: running and waiting ones.
     """
 
     healthy: bool
-    running: int = 0
+    requests: int = 0
     counters: Hashable = None
     refused: bool = False
     reason: str = ""
     kv_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Of a real request. `wrong`: what was wrong with it, "" for a right one. `refused`: the engine said so, rather
+    than nothing in time; `busy`: by 503, which an engine with a full queue says too."""
+
+    wrong: str = ""
+    refused: bool = False
+    busy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +75,27 @@ class Prober(Protocol):
     async def models(self, deadline: float) -> Listing:
         """What it says that it serves."""
 
-    async def answers(self, model: str, deadline: float) -> str:
-        """A real request to `model`: "" if the answer was right, else what was wrong."""
+    async def answers(self, model: str, deadline: float) -> Answer:
+        """A real request to `model`."""
 
     async def look(self, deadline: float) -> Sight:
         """A cheap look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What two looks at one process are compared by: the engine's counters, and how often tokens arrived at the
+    workers (a saturated engine may answer those sooner than a probe)."""
+
+    counters: Hashable = None
+    arrivals: int | None = None
+
+    def moved(self, before: "Marks") -> bool:
+        counted = before.counters is not None and self.counters != before.counters
+        # Fewer than before: a worker was replaced.
+        return counted or (
+            before.arrivals is not None and self.arrivals is not None and self.arrivals > before.arrivals
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +118,7 @@ class ReplicaSpec:
 
 
 class ReplicaTask:
-    """`in_flight` asks the workers how many requests they have there; `publish` tells everyone about a
-    change."""
+    """`traffic` asks the workers what they have there; `publish` tells everyone about a change."""
 
     def __init__(
         self,
@@ -100,7 +128,7 @@ class ReplicaTask:
         run_folder: Path,
         output: Output,
         publish: Callable[[], None],
-        in_flight: Callable[[str], Awaitable[int]],
+        traffic: Callable[[str], Awaitable[Traffic]],
     ) -> None:
         self.spec = spec
         self.output = output
@@ -111,7 +139,8 @@ class ReplicaTask:
         self._mark = f"{tree}:{spec.name}"
         self._run_folder = run_folder
         self._publish = publish
-        self._in_flight = in_flight
+        self._traffic = traffic
+        self._doubted = False  # a request failed there: health and idleness prove nothing until one is answered
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._look_now = asyncio.Event()
@@ -125,7 +154,9 @@ class ReplicaTask:
         self._events.put_nowait(event)
 
     def advise(self) -> None:
-        """Somebody could not reach it: look at once."""
+        """A request failed there: ask at once."""
+        if self.life.state in lifecycle.SERVING:
+            self._doubted = True
         self._look_now.set()
 
     def snapshot(self) -> Replica:
@@ -197,6 +228,7 @@ class ReplicaTask:
             )
             if life.state is ReplicaState.STARTING:
                 self.started_at = time.monotonic()
+                self._doubted = False
             if life.state is ReplicaState.FAILED:
                 self._show_last_lines()
         if (life.state, life.incarnation, life.detail, life.ending, life.models) != (
@@ -304,35 +336,36 @@ class ReplicaTask:
     # Probing
 
     async def _probe_for_ever(self) -> None:
-        counters: tuple[int, Hashable] = (0, None)
+        known = (0, Marks())
         while True:
             self._look_now.clear()
             life = self.life
             began = asyncio.get_running_loop().time()
-            patience = min(MAX_PROBE_SECONDS, max(2.0, self.spec.policy.hung_seconds / 4))
+            hung = self.spec.policy.hung_seconds
+            patience = min(MAX_PROBE_SECONDS, max(hung / 4, min(1.0, hung / 2)))
             deadline = began + (FIRST_ANSWER_SECONDS if life.state is ReplicaState.STARTING else patience)
             if life.ending or life.state in lifecycle.RESTING:
                 await self._look_now.wait()
                 continue
-            before = counters[1] if counters[0] == life.incarnation else None
+            before = known[1] if known[0] == life.incarnation else Marks()
             try:
                 event, seen = await self._see(life, deadline, before)
             except Exception as exc:  # the boundary of one child: a probe that trips over an answer is a failed probe
                 logger.exception("%s: the probe failed", self.spec.name, extra={"replica": self.spec.name})
                 event, seen = lifecycle.ProbeFailed(f"the probe failed: {exc!r}"), before
-            counters = (life.incarnation, seen)
+            known = (life.incarnation, seen)
             late = asyncio.get_running_loop().time() > deadline + 2  # we were paused, not the engine
             if event is not None and not late and self._still(life):
                 self.post(event)
             await self._pause()
 
-    async def _see(self, life: Life, deadline: float, before: Hashable) -> tuple[Event | None, Hashable]:
+    async def _see(self, life: Life, deadline: float, before: Marks) -> tuple[Event | None, Marks]:
         if life.state is ReplicaState.STARTING:
             return await self._ask(deadline), before
         if life.state is ReplicaState.DRAINING:
-            idle = await self._in_flight(self.spec.name) == 0
+            idle = (await self._traffic(self.spec.name)).in_flight == 0
             return lifecycle.Idle() if idle else None, before
-        return await self._look(deadline, before)
+        return await self._look(life, deadline, before)
 
     def _still(self, life: Life) -> bool:
         """Whether what was seen is still about this: the same process, and not on its way elsewhere."""
@@ -346,6 +379,7 @@ class ReplicaTask:
         seconds = {
             ReplicaState.STARTING: min(STARTING_PROBE_SECONDS, self.spec.probe_seconds),
             ReplicaState.SUSPECT: min(SUSPECT_PROBE_SECONDS, self.spec.probe_seconds),
+            ReplicaState.HUNG: min(SUSPECT_PROBE_SECONDS, self.spec.probe_seconds),
             ReplicaState.DRAINING: DRAINING_LOOK_SECONDS,
         }.get(state, self.spec.probe_seconds)
         try:
@@ -358,31 +392,56 @@ class ReplicaTask:
         said = await self._listed(deadline)
         if not said.models:
             return lifecycle.ProbeFailed(f"it has not said yet which models it serves ({said.reason})")
-        wrong = await self.spec.prober.answers(said.models[0], deadline)
-        return lifecycle.ProbeFailed(wrong) if wrong else lifecycle.Answered(said.models)
+        answer = await self.spec.prober.answers(said.models[0], deadline)
+        return lifecycle.ProbeFailed(answer.wrong) if answer.wrong else lifecycle.Answered(said.models)
 
-    async def _look(self, deadline: float, before: Hashable) -> tuple[Event, Hashable]:
+    async def _look(self, life: Life, deadline: float, before: Marks) -> tuple[Event, Marks]:
         sight = await self.spec.prober.look(deadline)
+        traffic = await self._traffic(self.spec.name)
+        marks = Marks(sight.counters if sight.healthy else before.counters, traffic.arrivals)
+        moved = marks.moved(before)
+        full = max(sight.requests, traffic.in_flight) >= self.spec.slots
         if not sight.healthy:
-            return lifecycle.ProbeFailed(sight.reason, sight.refused), before
+            if moved and not sight.refused:
+                return lifecycle.Observed(working=True, moved=True, full=full), marks
+            return lifecycle.ProbeFailed(sight.reason, sight.refused), marks
         if sight.kv_tokens != self._kv_tokens:
             self._kv_tokens = sight.kv_tokens
             self._publish()
         said = await self._listed(deadline)
-        if said.models and self.life.models[0] not in said.models:
+        if said.models and life.models[0] not in said.models:
             # Somebody started it anew with another model: that is offered once it answers.
             answered = await self._ask(deadline)
             if isinstance(answered, lifecycle.ProbeFailed):
-                return lifecycle.ProbeFailed(f"it serves other models now: {answered.reason}", refused=True), before
-            return answered, sight.counters
-        at_gateway = await self._in_flight(self.spec.name)
-        moved = before is not None and sight.counters != before
-        working = sight.running > 0 or at_gateway > 0
-        if not moved and not working and self.life.state is ReplicaState.SUSPECT:
-            # Idle and silent proves nothing: a frozen engine looks like that. A real answer does.
-            return await self._ask(deadline), sight.counters
-        full = max(sight.running, at_gateway) >= self.spec.slots
-        return lifecycle.Observed(working, moved, full, said.models), sight.counters
+                return lifecycle.ProbeFailed(f"it serves other models now: {answered.reason}", refused=True), marks
+            return answered, marks
+        observed = lifecycle.Observed(sight.requests > 0 or traffic.in_flight > 0, moved, full, said.models)
+        # Idle and silent proves nothing: a frozen engine looks like that. A real answer does.
+        idle_and_away = life.state in lifecycle.AWAY and not moved and not observed.working
+        if (idle_and_away or life.spoils or self._doubted) and said.models:
+            return await self._question(life, observed, said.models, sight, deadline), marks
+        return observed, marks
+
+    async def _question(
+        self, life: Life, observed: lifecycle.Observed, models: tuple[str, ...], sight: Sight, deadline: float
+    ) -> Event:
+        """A real request tells what a look cannot. What it does not tell is whether an engine that is silent has
+        frozen, or has others to serve first: that is told by whether it moved meanwhile."""
+        away = life.state in lifecycle.AWAY
+        if not away:
+            deadline = min(deadline, asyncio.get_running_loop().time() + SHORT_ANSWER_SECONDS)
+        self._doubted = False
+        answer = await self.spec.prober.answers(models[0], deadline)
+        if not answer.wrong:
+            return lifecycle.Answered(models) if away else replace(observed, moved=True)
+        then = await self.spec.prober.look(deadline + AFTERWARDS_SECONDS)
+        busy = answer.busy and max(sight.requests, then.requests) > 0
+        if answer.refused and not busy:
+            return lifecycle.ProbeFailed(answer.wrong, refused=True, spoilt=True)
+        if observed.moved or (then.healthy and then.counters != sight.counters):
+            return replace(observed, working=True, moved=True)
+        self._doubted = True
+        return lifecycle.ProbeFailed(answer.wrong)
 
     async def _listed(self, deadline: float) -> Listing:
         return Listing(self.spec.models) if self.spec.models else await self.spec.prober.models(deadline)

@@ -14,6 +14,7 @@ from pathlib import Path
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.fleet import TAKES_REQUESTS, Fleet, Replica, ReplicaState
 from vitalis_serve.supervise import lifecycle
+from vitalis_serve.supervise.attendant import Traffic
 from vitalis_serve.supervise.journal import Journal
 from vitalis_serve.supervise.output import Output
 from vitalis_serve.supervise.replica import ReplicaSpec, ReplicaTask
@@ -40,7 +41,7 @@ class Replicas:
         log_folder: Path,
         journal: Journal,
         publish: Callable[[], None],
-        in_flight: Callable[[str], Awaitable[int]],
+        traffic: Callable[[str], Awaitable[Traffic]],
         relay: Callable[[str, str], None] | None,
     ) -> None:
         self._tree = tree
@@ -48,7 +49,7 @@ class Replicas:
         self._log_folder = log_folder
         self._journal = journal
         self._publish = publish
-        self._in_flight = in_flight
+        self._traffic = traffic
         self._relay = relay
         self._tasks: list[tuple[ReplicaTask, asyncio.Task[None]]] = []
         self._make: Callable[[int], ReplicaSpec] | None = None
@@ -139,7 +140,7 @@ class Replicas:
             run_folder=self._run_folder,
             output=Output(self._log_folder / f"{spec.name}.log", line),
             publish=self.tell,
-            in_flight=self._in_flight,
+            traffic=self._traffic,
         )
         self._tasks.append((replica, self._group.create_task(replica.run(), name=spec.name)))
         return replica

@@ -25,7 +25,7 @@ from typing import Any
 from vitalis_serve.errors import StartError
 from vitalis_serve.fleet import Fleet
 from vitalis_serve.supervise import folders, orphans
-from vitalis_serve.supervise.attendant import Attendant, AttendantSpec
+from vitalis_serve.supervise.attendant import Attendant, AttendantSpec, Traffic
 from vitalis_serve.supervise.journal import Journal
 from vitalis_serve.supervise.output import Output
 from vitalis_serve.supervise.replica import ReplicaSpec
@@ -85,7 +85,7 @@ class Supervisor:
             log_folder=self._log_folder,
             journal=self.journal,
             publish=self._publish,
-            in_flight=self._in_flight,
+            traffic=self._traffic,
             relay=relay,
         )
 
@@ -223,9 +223,8 @@ class Supervisor:
             for attendant in self._attendants():
                 attendant.send(self._fleet_message())
 
-    async def _in_flight(self, replica: str) -> int:
-        counts = await asyncio.gather(*(worker.in_flight(replica) for worker in self._workers))
-        return sum(counts)
+    async def _traffic(self, replica: str) -> Traffic:
+        return sum(await asyncio.gather(*(worker.traffic(replica) for worker in self._workers)), Traffic())
 
     def _suspect(self, name: str, incarnation: int) -> None:
         for replica in self.replicas:

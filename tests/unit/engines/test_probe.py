@@ -1,7 +1,9 @@
 """Probes against real sockets whose other end answers well, badly, or not at all."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable
 
@@ -203,3 +205,26 @@ def test_garbage_metrics_are_zeros(text):
 def test_unhealthy_is_a_refusal(tmp_path):
     looked, _ = ask(tmp_path, reply(503, b""), progress)
     assert looked == Progress(False, "/health answered 503", refused=True)
+
+
+def test_a_full_queue_is_no_refusal_of_a_look(tmp_path):
+    """Of connections to accept: saturation. asyncio takes EAGAIN there for a connection, and then lacks it."""
+    path = str(tmp_path / "s")
+    with contextlib.ExitStack() as kept:
+        listener = kept.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(path)
+        listener.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiting = kept.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.setblocking(False)
+                waiting.connect(path)
+        looked = asyncio.run(progress(f"unix:{path}"))
+    assert not looked.healthy
+    assert not looked.refused
+
+
+@pytest.mark.parametrize(("status", "busy"), [(503, True), (500, False)])
+def test_only_503_may_be_busyness(tmp_path, status, busy):
+    result, _ = ask(tmp_path, reply(status, b""))
+    assert (result.refused, result.busy) == (True, busy)

@@ -92,10 +92,41 @@ def test_no_progress_while_work_runs_is_suspect_at_half_time_and_killed_at_full(
     life, _ = after((still, 4.0), life=life)
     assert life.state is State.SUSPECT
     life, actions = after((still, 8.0), life=life)
-    assert actions == (lc.Kill(),)
+    assert (life.state, actions) == (State.HUNG, (lc.Kill(),))
     life, _ = after(lc.Exited(-9), life=life, now=8.1)
     assert life.state is State.BACKOFF
     assert "hung" in life.detail
+
+
+def test_requests_that_wait_for_ever_do_not_eject_what_moves():
+    """An hour of probes of a full engine, each with a longer queue than the last."""
+    life = ready()
+    for at in range(0, 3600, 10):
+        life, actions = after((lc.Observed(working=True, moved=True, full=True), float(at)), life=life)
+        assert (life.state, actions) == (State.BUSY, ())
+
+
+def test_one_that_spoils_real_requests_is_suspect_until_a_right_answer():
+    """vLLM that drains: healthy, moving, and 500 to all that is new."""
+    spoilt = lc.ProbeFailed("answered 500", refused=True, spoilt=True)
+    life, _ = after((spoilt, 1.0), life=ready())
+    assert (life.state, life.detail) == (State.SUSPECT, "answered 500")
+    for at in range(2, 40):
+        life, actions = after((lc.Observed(working=True, moved=True), float(at)), life=life)
+        assert (life.state, actions) == (State.SUSPECT, ()), "what runs there is finished, not killed"
+    assert after((lc.Observed(working=False, moved=False), 40.0), life=life)[0].state is State.SUSPECT
+    life, _ = after((lc.Answered(), 41.0), life=life)
+    assert (life.state, life.spoils) == (State.READY, False)
+    assert after((lc.Observed(working=True, moved=True, full=True), 42.0), life=life)[0].state is State.BUSY
+
+
+def test_one_that_spoils_requests_and_does_nothing_else_is_replaced():
+    spoilt = lc.ProbeFailed("answered 500", refused=True, spoilt=True)
+    life, actions = after((spoilt, 1.0), (spoilt, 7.9), life=ready())
+    assert (life.state, actions) == (State.SUSPECT, ())
+    life, actions = after((spoilt, 8.0), life=life)
+    assert (life.state, actions) == (State.HUNG, (lc.Kill(),))
+    assert "answered 500" in life.detail
 
 
 def test_idle_is_not_hung():
@@ -136,7 +167,12 @@ def test_an_external_engine_is_never_spawned_nor_killed():
     life, actions = after(lc.Start(), policy=policy)
     assert (life.state, life.deadline, actions) == (State.STARTING, None, ())
     life, actions = after(lc.Answered(), (lc.ProbeFailed("gone"), 100.0), life=life, policy=policy)
-    assert (life.state, actions) == (State.SUSPECT, ())
+    assert (life.state, actions) == (State.HUNG, ())
+    life, actions = after((lc.Observed(working=True, moved=True), 101.0), life=life, policy=policy)
+    assert (life.state, actions) == (State.READY, ())
+    life, actions = after((lc.ProbeFailed("nobody listens", refused=True), 200.0), life=life, policy=policy)
+    life, actions = after((lc.ProbeFailed("nobody listens", refused=True), 300.0), life=life, policy=policy)
+    assert (life.state, actions) == (State.SUSPECT, ()), "it is away, not hung"
     life, actions = after(lc.Stop(0), life=life, policy=policy)
     assert (life.state, actions) == (State.STOPPED, ())
 
