@@ -8,15 +8,21 @@ from vitalis_serve.gateway.admission import AdmissionOptions
 
 from tests.simulation import figures
 
-ARRANGEMENTS = [(1, 1, 3), (2, 1, 3), (4, 1, 1), (2, 2, 3)]
+ONE, WORKERS, GATEWAYS = {"gateways": 1}, {"gateways": 1, "workers": 3}, {"gateways": 2}
+ARRANGEMENTS = pytest.mark.parametrize(
+    "arranged", [ONE, WORKERS, GATEWAYS], ids=["one gateway", "three workers", "two gateways"]
+)
 
 
-@pytest.mark.parametrize(("replicas", "gateways", "seeds"), ARRANGEMENTS)
-def test_a_flooding_tenant_does_not_hurt_its_neighbours(replicas: int, gateways: int, seeds: int) -> None:
+@pytest.mark.parametrize(
+    ("replicas", "arranged", "seeds"),
+    [(1, ONE, 3), (2, ONE, 3), (4, ONE, 1), (2, WORKERS, 3), (2, GATEWAYS, 3)],
+)
+def test_a_flooding_tenant_does_not_hurt_its_neighbours(replicas: int, arranged: dict[str, int], seeds: int) -> None:
     """Victims at their fair share of 80 % load; the flooder offers ten times its own."""
     ratios = []
     for seed in range(1, seeds + 1):
-        solo, beside = figures.neighbours(replicas, gateways, seed=seed)
+        solo, beside = figures.neighbours(replicas, **arranged, seed=seed)
         ratios.append(beside.ttft_p99 / solo.ttft_p99)
         assert beside.refused <= 0.01
     assert max(ratios) <= 2.0
@@ -29,25 +35,26 @@ def test_a_flooding_tenant_does_not_hurt_neighbours_that_use_nearly_all_of_their
     assert beside.ttft_p99 <= 2 * solo.ttft_p99
 
 
-@pytest.mark.parametrize("gateways", [1, 2])
-def test_equal_tenants_are_served_equally(gateways: int) -> None:
+@ARRANGEMENTS
+def test_equal_tenants_are_served_equally(arranged: dict[str, int]) -> None:
     """Eight tenants, four of which offer three times as much as the others, all more than their share."""
-    assert figures.equality(gateways) >= 0.99
+    assert figures.equality(**arranged) >= 0.99
 
 
-@pytest.mark.parametrize("replicas", [1, 4])
-def test_emergency_keeps_its_time_to_first_token(replicas: int) -> None:
+@pytest.mark.parametrize(("replicas", "arranged"), [(1, ONE), (4, ONE), (2, WORKERS), (2, GATEWAYS)])
+def test_emergency_keeps_its_time_to_first_token(replicas: int, arranged: dict[str, int]) -> None:
     """Beside ten times what the fleet can carry, of all other classes: within 0.5 s, and nobody is turned away."""
-    alone, beside = figures.emergency(replicas, 0), figures.emergency(replicas, 10)
+    alone, beside = (figures.emergency(replicas, times, **arranged) for times in (0, 10))
     assert beside.refused == 0
     assert beside.ttft_p99 <= alone.ttft_p99 + 0.25
     assert beside.ttft_p50 <= alone.ttft_p50 + 0.06
 
 
-def test_goodput_holds_at_twice_and_three_times_the_capacity() -> None:
-    best = max(figures.offered(load) for load in (1.0, 1.1, 1.3))
-    assert figures.offered(2.0) >= 0.97 * best
-    assert figures.offered(3.0) >= 0.95 * best
+@ARRANGEMENTS
+def test_goodput_holds_at_twice_and_three_times_the_capacity(arranged: dict[str, int]) -> None:
+    best = max(figures.offered(load, **arranged) for load in (1.0, 1.1, 1.3))
+    assert figures.offered(2.0, **arranged) >= 0.97 * best
+    assert figures.offered(3.0, **arranged) >= 0.95 * best
 
 
 def test_without_admission_goodput_is_lost() -> None:
@@ -55,20 +62,26 @@ def test_without_admission_goodput_is_lost() -> None:
     assert figures.offered(2.0, plain=True) < 1.0
 
 
-@pytest.mark.parametrize(("background", "burst"), [(0.3, 300), (0.5, 300), (0.7, 250)])
-def test_clients_that_come_back_when_told_get_in(background: float, burst: int) -> None:
+@pytest.mark.parametrize(
+    ("background", "burst", "arranged"),
+    [(0.3, 300, ONE), (0.5, 300, ONE), (0.7, 250, ONE), (0.5, 300, WORKERS), (0.5, 300, GATEWAYS)],
+)
+def test_clients_that_come_back_when_told_get_in(background: float, burst: int, arranged: dict[str, int]) -> None:
     """A burst in five seconds on top of a background; as many as fit into the 60 s that may be said."""
-    refused, admitted = figures.retries(background, burst)
+    refused, admitted = figures.retries(background, burst, **arranged)
     assert refused > 50
     assert admitted >= 0.95
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_a_flood_of_long_prompts_does_not_delay_others_by_more_than_one_of_them(replicas: int) -> None:
+@pytest.mark.parametrize(("replicas", "arranged"), [(1, ONE), (2, ONE), (2, WORKERS), (2, GATEWAYS)])
+def test_a_flood_of_long_prompts_does_not_delay_others_by_more_than_one_of_each_gateway(
+    replicas: int, arranged: dict[str, int]
+) -> None:
     """An 8,000-token prompt is 0.4 s of prefill that cannot be interrupted, with slots free all the time."""
-    alone = figures.long_prompts(replicas, flood=False)
-    beside = figures.long_prompts(replicas, flood=True)
-    assert beside.ttft_p99 <= alone.ttft_p99 + 0.5
-    assert beside.refused <= 0.005
-    uncapped = figures.long_prompts(replicas, flood=True, options=AdmissionOptions(prefill_seconds=1e6))
+    alone, beside = (figures.long_prompts(replicas, flood=flood, **arranged) for flood in (False, True))
+    assert beside.ttft_p99 <= alone.ttft_p99 + 0.5 * arranged["gateways"]
+    assert beside.ttft_p50 <= alone.ttft_p50 + 0.12
+    assert beside.refused <= 0.01
+    no_cap = AdmissionOptions(prefill_seconds=1e6)
+    uncapped = figures.long_prompts(replicas, flood=True, options=no_cap, **arranged)
     assert uncapped.ttft_p99 > 3 * beside.ttft_p99

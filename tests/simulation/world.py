@@ -99,8 +99,12 @@ class Engine:
         self.tokens = 0
 
 
+LINE_SECONDS = 0.001  # from a worker to the one that owns admission, or back: a turn of a busy loop
+
+
 class World:
-    """One fleet behind one or more gateways, each with an admission of its own."""
+    """One fleet behind one or more gateways, each with an admission of its own, which its first worker owns; what
+    another worker's client asks gets there later, and so does the answer."""
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class World:
         options: AdmissionOptions | None = None,
         routing: str = "affinity",
         gateways: int = 1,
+        workers: int = 1,
         seed: int = 1,
         plain: bool = False,
     ) -> None:
@@ -131,6 +136,8 @@ class World:
         self._count = 0
         self._gateway: dict[Request, Admission] = {}
         self._turn = 0
+        self._workers = workers
+        self._guests: set[Request] = set()
 
     def run(self, requests: Iterable[Request], until: float) -> list[Request]:
         """Everything that was asked, answered or not. What has not ended by then stays as it is."""
@@ -155,7 +162,15 @@ class World:
             self._turn += 1
             self._start(request, f"engine-{self._turn % len(self.engines)}")
             return
-        admission = self._gateway[request] = self.random.choice(self.admissions)
+        self._gateway[request] = self.random.choice(self.admissions)
+        if self._workers > 1 and self.random.randrange(self._workers):
+            self._guests.add(request)
+            self._at(self.now + LINE_SECONDS, lambda: self._enter(request))
+        else:
+            self._enter(request)
+
+    def _enter(self, request: Request) -> None:
+        admission = self._gateway[request]
         estimate = request.estimate or request.output
         demand = Demand(
             waiter=request, model=MODEL, tenant=request.tenant, class_=request.class_,
@@ -172,7 +187,7 @@ class World:
                 waiter, "queue_full", self._gateway[waiter].retry_after(waiter.class_, self.now, self.random.random())
             )
         if entered.seat is not None:
-            self._start(request, entered.seat.replica.name)
+            self._granted(request, entered.seat.replica.name)
         self._dispatch(entered.grants)
 
     def _refuse(self, request: Request, code: str, retry_after: float) -> None:
@@ -184,7 +199,16 @@ class World:
 
     def _dispatch(self, grants: Iterable) -> None:
         for grant in grants:
-            self._start(grant.waiter, grant.seat.replica.name)
+            self._granted(grant.waiter, grant.seat.replica.name)
+
+    def _granted(self, request: Request, name: str) -> None:
+        self._later(request, lambda: self._start(request, name))
+
+    def _later(self, request: Request, act: Callable[[], None]) -> None:
+        if request in self._guests:
+            self._at(self.now + LINE_SECONDS, act)
+        else:
+            act()
 
     def _start(self, request: Request, name: str) -> None:
         engine = self.engines[name]
@@ -210,20 +234,24 @@ class World:
             if sequence.generated == 1:
                 request.first, request.cached = self.now, sequence.cached
                 if not self.plain:
-                    self._dispatch(self._gateway[request].first_token(request, self.now))
+                    self._later(request, lambda request=request: self._first_token(request))
             if sequence.generated >= sequence.target:
                 engine.schedule.remove(sequence)
                 request.ended = self.now
                 self.finished.append(request)
                 if not self.plain:
-                    admission = self._gateway[request]
-                    if request.estimate:
-                        admission.settle(
-                            request.tenant, request.class_,
-                            cost(request.prompt, request.output) - cost(request.prompt, request.estimate),
-                        )  # fmt: skip
-                    self._dispatch(admission.leave(request, self.now))
+                    self._later(request, lambda request=request: self._leave(request))
         self._step(engine)
+
+    def _first_token(self, request: Request) -> None:
+        self._dispatch(self._gateway[request].first_token(request, self.now))
+
+    def _leave(self, request: Request) -> None:
+        admission = self._gateway[request]
+        if request.estimate:
+            used, charged = cost(request.prompt, request.output), cost(request.prompt, request.estimate)
+            admission.settle(request.tenant, request.class_, used - charged)
+        self._dispatch(admission.leave(request, self.now))
 
     def _sweep(self) -> None:
         for admission in self.admissions:

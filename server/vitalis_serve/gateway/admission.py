@@ -98,13 +98,14 @@ class Entered(msgspec.Struct, frozen=True):
 
 class _Holding(msgspec.Struct):
     """prefill: prompt tokens that still count as being read; until `over` at the latest, where no first token is
-    reported (0: it is)."""
+    reported (0: it is). since: when it was granted."""
 
     demand: Demand
     seat: Seat
     account: Account
     prefill: int
     over: float
+    since: float
 
 
 class Admission:
@@ -266,6 +267,8 @@ class Admission:
         seat.prefill -= tokens
         if self._seats.get(seat.replica.name) is not seat:
             return []
+        if tokens > seat.ordinary_prefill > 0:
+            self._rest(holding, now)
         if seat.rate.ended(tokens, seat.prefill, now):
             self._limit(seat)
         return self._serve(seat, now) if self._waiting else []
@@ -307,7 +310,12 @@ class Admission:
         for holding in self._holdings.values():
             if holding.over and holding.over <= now:
                 holding.seat.prefill -= holding.prefill
+                if holding.prefill > holding.seat.ordinary_prefill > 0:
+                    self._rest(holding, now)
                 holding.prefill, holding.over = 0, 0.0
+        for seat in self._seats.values():
+            if seat.rests_from and seat.rests_until <= now:
+                seat.rests_from = ""
         return self._serve_all(now)
 
     def expired(self, now: float) -> list[Any]:
@@ -427,7 +435,17 @@ class Admission:
         seat.kv += tokens + demand.output_tokens
         seat.prefill += tokens
         over = 0.0 if demand.streamed else now + 1.5 * seat.prefill / seat.rate.rate
-        self._holdings[waiter] = _Holding(demand, seat, account, tokens, over)
+        self._holdings[waiter] = _Holding(demand, seat, account, tokens, over, now)
+
+    def _rest(self, holding: _Holding, now: float) -> None:
+        """After a prompt larger than the whole cap the tenant's next one has to wait as long as that took, where
+        others ask too. Without that, one tenant's long prompts keep an engine reading all the time, every step
+        is as long as it can be, and everyone's slots stay taken (tests/simulation/README.md)."""
+        if holding.account.counted < self._all_weights:
+            seat = holding.seat
+            seat.rests_from = holding.demand.tenant
+            # With n gateways it was read at an n-th of the speed, and each lets in as many.
+            seat.rests_until = now + (now - holding.since) * (2 / self._share - 1)
 
     def _give_back(self, holding: _Holding, now: float) -> Seat:
         seat, demand, prefill = holding.seat, holding.demand, holding.prefill

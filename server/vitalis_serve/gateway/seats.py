@@ -54,6 +54,8 @@ class Seat:
     `common_slots` is where tenants stop that have more than their share already, so that the others' next request
     finds a slot free.
     `held_for` is a waiter that was passed over too often: nobody else (but an emergency) gets in before it.
+    `rests_from` is the tenant whose last prompt was larger than the whole cap: its next one of that kind waits for as
+    long as that took, in seconds of `now`.
     """
 
     replica: Replica
@@ -73,6 +75,8 @@ class Seat:
     trial: bool = False  # open for one request only
     models: frozenset[str] = frozenset()
     held_for: Any = None
+    rests_from: str = ""
+    rests_until: float = 0.0
 
     def serves(self, demand: Demand) -> bool:
         """Whether this replica could run it at all, room or not."""
@@ -93,8 +97,11 @@ class Seat:
         if self.in_flight >= slots:
             return "no free slot"
         taken = self.prefill
-        if taken and prefill and taken + demand.prompt_tokens > prefill:
-            return "no prefill room"
+        if prefill and taken + demand.prompt_tokens > prefill:
+            if taken:
+                return "no prefill room"
+            if self.rests_from == demand.tenant and self.rests_from:
+                return "rests from long prompts"
         taken = self.kv
         if taken and kv and taken + demand.prompt_tokens + demand.output_tokens > kv:
             return "no KV room"

@@ -261,6 +261,33 @@ def test_prefill_of_an_answer_that_is_not_streamed_is_over_after_its_time() -> N
     assert next(made.seats()).prefill == 800
 
 
+def test_a_replica_rests_from_a_tenants_long_prompts_where_others_ask_too() -> None:
+    made = admission(replica(slots=8, prefill=1000))
+    entered(made, "long", tenant="a", prompt_tokens=2000)
+    queued(made, "small", tenant="b", prompt_tokens=100)
+    assert names(made.first_token("long", 0.4)) == ["small"]
+    made.first_token("small", 0.45)
+    queued(made, "next", now=0.5, tenant="a", prompt_tokens=2000)
+    entered(made, "another's", now=0.5, tenant="b", prompt_tokens=100)
+    made.first_token("another's", 0.55)
+    assert names(made.tick(0.7)) == []
+    assert names(made.tick(0.8)) == ["next"]
+
+
+def test_a_tenant_alone_may_send_long_prompts_one_after_the_other() -> None:
+    made = admission(replica(slots=8, prefill=1000))
+    entered(made, "one", tenant="a", prompt_tokens=2000)
+    made.first_token("one", 0.4)
+    entered(made, "two", now=0.41, tenant="a", prompt_tokens=2000)
+
+
+def test_tenants_take_turns_with_long_prompts_without_a_rest() -> None:
+    made = admission(replica(slots=8, prefill=1000))
+    entered(made, "one", tenant="a", prompt_tokens=2000)
+    queued(made, "two", tenant="b", prompt_tokens=2000)
+    assert names(made.first_token("one", 0.4)) == ["two"]
+
+
 def test_the_prefill_cap_follows_the_measured_rate() -> None:
     made = admission(replica(slots=8, prefill=0), prefill_seconds=0.5, prefill_tokens_per_second=10_000)
     (seat,) = made.seats()
