@@ -314,8 +314,8 @@ class Admission:
                     self._rest(holding, now)
                 holding.prefill, holding.over = 0, 0.0
         for seat in self._seats.values():
-            if seat.rests_from and seat.rests_until <= now:
-                seat.rests_from = ""
+            if seat.rests_from is not None and seat.rests_until <= now:
+                seat.rests_from = None
         return self._serve_all(now)
 
     def expired(self, now: float) -> list[Any]:

@@ -75,7 +75,7 @@ class Seat:
     trial: bool = False  # open for one request only
     models: frozenset[str] = frozenset()
     held_for: Any = None
-    rests_from: str = ""
+    rests_from: str | None = None
     rests_until: float = 0.0
 
     def serves(self, demand: Demand) -> bool:
@@ -97,11 +97,8 @@ class Seat:
         if self.in_flight >= slots:
             return "no free slot"
         taken = self.prefill
-        if prefill and taken + demand.prompt_tokens > prefill:
-            if taken:
-                return "no prefill room"
-            if self.rests_from == demand.tenant and self.rests_from:
-                return "rests from long prompts"
+        if prefill and taken + demand.prompt_tokens > prefill and (taken or self.rests_from == demand.tenant):
+            return "no prefill room"
         taken = self.kv
         if taken and kv and taken + demand.prompt_tokens + demand.output_tokens > kv:
             return "no KV room"
