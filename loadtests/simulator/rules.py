@@ -10,6 +10,7 @@ import msgspec
 ENGINE_KINDS = {
     "freeze": "work stands still; heads, /health and /metrics are answered",
     "unhealthy": "/health says 503",
+    "sluggish": "/health and /metrics are answered `seconds` late",
     "ignore_sigterm": "SIGTERM does nothing",
     "refuse": "the port is closed (for `seconds`, or until reset)",
     "exit": "the process exits with `code` once `after_requests` have been seen",
@@ -102,6 +103,11 @@ class Rules:
 
     def has(self, kind: str) -> bool:
         return any(rule.kind == kind for rule in self.rules)
+
+    @property
+    def lateness(self) -> float:
+        """Seconds by which probes are answered late."""
+        return sum(rule.seconds for rule in self.rules if rule.kind == "sluggish")
 
     def deadly(self, requests_seen: int) -> Rule | None:
         """The rule that now ends the process, if one does."""

@@ -151,6 +151,10 @@ class Server:
             allow = b"allow: %b\r\n" % (b"POST" if route is None else route[0].encode())
             connection.answer(request, 405, b'{"detail":"Method Not Allowed"}', extra=allow)
         else:
+            lateness = self.rules.lateness if request.path in ("/health", "/metrics") else 0
+            if lateness and not connection.control:
+                self._loop.call_later(lateness, route[1], self, connection, request)
+                return
             try:
                 route[1](self, connection, request)
             except Refused as refused:

@@ -350,6 +350,16 @@ def test_freeze(engine: Simulator, wire: client.Wire) -> None:
     assert next(wire.events(client.Head(200, "", {"transfer-encoding": "chunked"}))).json["object"]
 
 
+def test_sluggish(engine: Simulator) -> None:
+    engine.misbehave("sluggish", seconds=0.2)
+    for path in ("/health", "/metrics"):
+        began = time.monotonic()
+        assert client.ask(engine.address, client.get(path)).status == 200
+        assert time.monotonic() - began >= 0.2
+    engine.reset()
+    assert client.ask(engine.address, client.get("/health")).status == 200
+
+
 def test_unhealthy(engine: Simulator) -> None:
     engine.misbehave("unhealthy")
     assert client.ask(engine.address, client.get("/health")).status == 503
