@@ -11,7 +11,9 @@
 An abandoned one's prompt is estimated from its body's bytes, as the route's finished requests had them.
 """
 
+from collections import deque
 from collections.abc import Iterator
+from statistics import median_low
 from typing import Annotated, Final
 
 import msgspec
@@ -195,6 +197,8 @@ _NEW: Final = 1 - _KEPT
 _STEADY: Final = 10_000.0  # as if a spread of 100 bytes had shown 4 bytes a token: bodies of one length show nothing
 _LEARNT_FROM: Final = 16  # events: of a shorter stream the hidden tokens are too large a part
 _MOST_HIDDEN: Final = 20
+_STREAMS: Final = 31  # whose tokens an event are looked at: odd ones are outvoted, be they ever so odd
+_BELIEVED: Final = 5  # streams: so many that say otherwise it takes to give up the belief in a token an event
 LEARN_SECONDS: Final = 0.001  # of one route: at most so often
 
 
@@ -221,14 +225,13 @@ def hidden(last: bytes, dialect: str, *, thought: bool, choices: int) -> int:
 
 
 class Rates:
-    """What the finished requests of one route teach about those that are abandoned: sums and means that fade.
+    """What the finished requests of one route teach about those that are abandoned: means that fade, and a median.
 
     A prompt's tokens are a straight line over its body's bytes, not a ratio: a body has fields that are no prompt,
     and of a short one they are the most."""
 
     __slots__ = (
-        "_bytes", "_bytes_both", "_bytes_spread", "_events", "_events_tokens", "_prompt", "_seconds", "_seconds_tokens",
-        "next_at",
+        "_bytes", "_bytes_both", "_bytes_spread", "_per_event", "_prompt", "_seconds", "_seconds_tokens", "next_at",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -236,7 +239,7 @@ class Rates:
         # What is believed at first: 4 bytes a token, a token an event, 50 tokens a second.
         self._bytes, self._prompt = 400.0, 100.0  # means
         self._bytes_spread = self._bytes_both = 0.0  # variance, and covariance with the tokens
-        self._events, self._events_tokens = 100.0, 100.0
+        self._per_event = deque([1.0] * _BELIEVED, maxlen=_STREAMS)
         self._seconds, self._seconds_tokens = 1.0, 50.0
 
     def learn(self, usage: Usage, body_bytes: int, seconds: float) -> None:
@@ -250,14 +253,14 @@ class Rates:
         self._seconds_tokens = _KEPT * self._seconds_tokens + usage.completion_tokens
 
     def learn_stream(self, dialect: str, events: int, tokens: int, choices: int) -> None:
-        """A stream of so many choices finished. `events`: from the first that bore a token to the end."""
+        """A stream of so many choices finished. `events`: from the first that bore a token to the end. A mean would
+        not do: one answer in a form that Harmony's parser drops has hundreds of tokens without an event."""
         events -= _CLOSING.get(dialect, 0)
         if events < _LEARNT_FROM * choices:
             return
         if abs(tokens - events) <= max(_MOST_HIDDEN * choices, tokens * 0.02):
             tokens = events  # a token an event, and the hidden ones
-        self._events = _KEPT * self._events + events
-        self._events_tokens = _KEPT * self._events_tokens + tokens
+        self._per_event.append(tokens / events)
 
     def prompt(self, body_bytes: int) -> int:
         """Tokens of a prompt, by the bytes of the body it is in; at least one."""
@@ -266,8 +269,8 @@ class Rates:
 
     def generated(self, events: int) -> int:
         """Tokens behind so many events that bear some. One each, unless the engine sends only every n-th time
-        (`--stream-interval`) or joins what waited: then as many as in the route's finished streams."""
-        ratio = self._events_tokens / self._events
+        (`--stream-interval`) or joins what waited: then as many as in most of the route's finished streams."""
+        ratio = median_low(self._per_event)
         return events if 0.98 < ratio < 1.02 else round(events * ratio)
 
     def after(self, seconds: float, expected: int) -> int:

@@ -226,6 +226,19 @@ def test_engines_that_send_every_nth_token(interval: int) -> None:
         assert rates.generated(tokens // interval) == pytest.approx(tokens, rel=0.02)
 
 
+def test_odd_streams_are_outvoted() -> None:
+    """Answers most of whose tokens make no event, as the tiny model's on a prompt that is too much for it."""
+    rates = Rates()
+    for _ in range(5):
+        rates.learn_stream("chat", 29, 75, 1)
+    assert rates.generated(1000) == 1000
+    for _ in range(10):
+        rates.learn_stream("chat", 102, 100, 1)
+    for _ in range(9):
+        rates.learn_stream("chat", 29, 75, 1)
+    assert rates.generated(1000) == 1000
+
+
 def test_short_streams_teach_nothing_about_events() -> None:
     rates = Rates()
     for _ in range(100):
