@@ -125,8 +125,10 @@ class EngineConnection(asyncio.Protocol):
             # chunk's header may be cut by the read's end, and then no callback says so; the ending does.
             ended = self._boundary = self._boundary and data.endswith(b"\n\n\r\n")
             relay.on_engine_data(payload, data if boundary and ended else None)
-        elif not self.in_body and self._head_bytes > MAX_HEAD_BYTES:
-            relay.on_engine_failed("protocol", "The engine's answer has headers without end.")
+        else:
+            self._boundary = False  # a chunk's header may have begun
+            if not self.in_body and self._head_bytes > MAX_HEAD_BYTES:
+                relay.on_engine_failed("protocol", "The engine's answer has headers without end.")
 
     def _finish(self, relay: "Relay", payload: bytes) -> None:
         """The response is whole: the connection goes back before the relay acts on the end."""

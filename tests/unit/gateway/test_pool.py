@@ -39,9 +39,9 @@ class Heard:
         self.failures.append(kind)
 
 
-def hear(*reads: bytes, passing: bool) -> Heard:
+def hear(*reads: bytes, passing: bool, heard: Heard | None = None) -> Heard:
     pool = EnginePool("engine-0", "http://127.0.0.1:1", asyncio.new_event_loop(), idle_seconds=1)
-    connection, heard = EngineConnection(pool), Heard(passing=passing)
+    connection, heard = EngineConnection(pool), heard or Heard(passing=passing)
     connection.connection_made(Transport())  # type: ignore[arg-type]
     connection.relay = heard  # type: ignore[assignment]
     for read in reads:
@@ -81,3 +81,28 @@ def test_a_connection_that_its_engine_ended_is_idle_no_more() -> None:
     assert (pool.idle, pool.open) == (2, 2)
     assert [pool.take(), pool.take(), pool.take()] == [connections[2], connections[0], None]
     loop.close()
+
+
+class Told(Heard):
+    """Passes on what came as whole chunks, and the others' payload in chunks of its own."""
+
+    sent = b""
+
+    def on_engine_data(self, payload: bytes, raw: bytes | None) -> None:
+        self.sent += raw if raw is not None else b"%x\r\n%b\r\n" % (len(payload), payload)
+
+    def on_engine_chunk(self, raw: bytes, start: int) -> None:
+        self.sent += raw
+
+
+def test_what_passes_is_whole_chunks_wherever_the_reads_are_cut() -> None:
+    data = b"data: {}\n\n"
+    one = b"%x\r\n%b\r\n" % (len(data), data)
+    body = 3 * one
+    for first in range(len(body) + 1):
+        for second in range(first, len(body) + 1):
+            reads = [read for read in (body[:first], body[first:second], body[second:]) if read]
+            told = Told(passing=True)
+            hear(HEAD, one, *reads, passing=True, heard=told)
+            again = hear(HEAD, told.sent, passing=False)
+            assert (again.payload, again.failures) == (4 * data, []), reads
