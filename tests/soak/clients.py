@@ -25,7 +25,7 @@ class Clients:
     latencies: list[tuple[float, float]] = field(default_factory=list)  # when a polite answer was whole, and seconds
 
     def __enter__(self) -> "Clients":
-        self._url, self._auth = self.site.stack.url, {"authorization": f"Bearer {self.site.stack.key}"}
+        self._url = self.site.stack.url
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._go_on, args=(manner, random.Random(seat)))
@@ -66,7 +66,8 @@ class Clients:
     def _request(self, dice: random.Random, tokens: int, **more: bool) -> tuple[str, bytes]:
         api = dice.choice(gateway.APIS)
         salt = {"metadata": {"salt": str(dice.random())}} if api in ("chat", "responses") else {}
-        return api, gateway.request(api, tokens=tokens, headers=self._auth, **more, **salt)
+        auth = {"authorization": f"Bearer {dice.choice(self.site.keys)}"}
+        return api, gateway.request(api, tokens=tokens, headers=auth, **more, **salt)
 
     def _polite(self, dice: random.Random) -> str:
         tokens, stream = dice.randint(1, 60), dice.random() < 0.6

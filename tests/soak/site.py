@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from vitalis_serve.control.client import Client
+from vitalis_serve.gateway.seats import CLASSES
+
 from tests.support import engines, gateway, simulator
 from tests.support.engines import ROOT, Stack
 
@@ -14,7 +17,7 @@ ENGINES = 3
 GAUGES = ("vitalis_open_contexts", "vitalis_in_flight", "vitalis_queued", "vitalis_body_bytes",
           "vitalis_client_connections")  # fmt: skip
 SETTINGS = {
-    "ENGINES_SLOTS": "4", "ENGINES_PROBE_SECONDS": "0.2", "ENGINES_HUNG_SECONDS": "5",
+    "ENGINES_PROBE_SECONDS": "0.2", "ENGINES_HUNG_SECONDS": "5",
     "GATEWAY_QUEUE_MAX_REQUESTS": "12", "GATEWAY_QUEUE_MAX_SECONDS": "3", "GATEWAY_HEADER_SECONDS": "2",
     "GATEWAY_BODY_SECONDS": "2", "GATEWAY_DEADLINES_CONNECT_SECONDS": "1",
     "GATEWAY_DEADLINES_FIRST_TOKEN_SECONDS": "2", "GATEWAY_DEADLINES_IDLE_SECONDS": "2",
@@ -25,7 +28,7 @@ SETTINGS = {
 class Site:
     """The gateway (`stack`) and its engines, which keep their addresses when they are killed and started again."""
 
-    def __init__(self, folder: Path, step_ms: float) -> None:
+    def __init__(self, folder: Path, step_ms: float, slots: int) -> None:
         self._flags = ("--decode-step-ms", str(step_ms))
         self.sockets = [folder / f"{index}.sock" for index in range(ENGINES)]
         self.engines = [simulator.start(*self._flags, uds=path) for path in self.sockets]
@@ -34,11 +37,21 @@ class Site:
             "PYTHONPATH": str(ROOT / "server"), "VITALIS_CONFIG": str(ROOT / "config" / "gpt-oss.yaml"),
             "VITALIS_DATA_FOLDER": str(folder / "var"), "VITALIS_GATEWAY_HOST": "127.0.0.1",
             "VITALIS_GATEWAY_PORT": "0", "VITALIS_CONTROL_PORT": "0",
-            **{f"VITALIS_{name}": value for name, value in SETTINGS.items()},
+            **{f"VITALIS_{name}": value for name, value in SETTINGS.items()}, "VITALIS_ENGINES_SLOTS": str(slots),
         }  # fmt: skip
         where = [word for path in self.sockets for word in ("--engine", f"unix:{path}")]
         argv = (sys.executable, "-P", "-m", "vitalis_serve", "gateway", *where, "--model", gateway.MODEL)
         self.stack = Stack(folder, environ, argv)
+        self.keys: list[str] = []  # of several tenants, and of every class
+
+    def make_keys(self) -> None:
+        """One tenant's for each class, and the first key."""
+        control = Client.of_folder(self.stack.data)
+        for class_ in CLASSES:
+            control.call("POST", "/v1/tenants", {"name": f"soak-{class_}"})
+            made = control.call("POST", "/v1/keys", {"tenant": f"soak-{class_}", "class": class_})
+            self.keys.append(made["key"])
+        self.keys.append(self.stack.key)
 
     def restart(self, index: int, dead_seconds: float) -> None:
         """SIGKILL, and after a while the same engine at the same address."""
@@ -96,13 +109,14 @@ def open_files(pid: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def site(folder: Path, step_ms: float) -> Iterator[Site]:
-    made = Site(folder, step_ms)
+def site(folder: Path, step_ms: float, slots: int = 4) -> Iterator[Site]:
+    made = Site(folder, step_ms, slots)
     try:
         made.stack.start()
         made.stack.wait_ready(ENGINES, 60)
         terminal = folder / "terminal.log"
         engines.until(lambda: "Ready. Try it:" in terminal.read_text(), 60, "the first key")
+        made.make_keys()
         yield made
     finally:
         with contextlib.ExitStack() as ends:

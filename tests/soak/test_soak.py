@@ -22,6 +22,7 @@ SECONDS = float(os.environ.get("SOAK_SECONDS", "600"))
 GROWTH_BYTES = 4 << 20  # what a worker's memory may seem to grow by over two thirds of the steady load
 GROWTH_DESCRIPTORS = 4
 MANNERS = ["polite"] * 6 + ["slow", "leaving", "leaving", "stranger", "garbage"]
+STEADY = ["polite"] * 12 + ["slow", "slow", "leaving", "leaving", "stranger", "garbage"]  # more than there are slots
 TROUBLES = [
     *[rule for rule, _, _ in BEFORE],
     *[{"after_events": LATER, **rule} for rule, _ in MIDDLE],
@@ -74,18 +75,39 @@ def test_after_a_storm_nothing_is_left(tmp_path: Path) -> None:
         made.quiet(before)
 
 
+def first_bytes(made: Site) -> float:
+    """The median time to the first byte, in seconds, when nobody else asks."""
+    took = []
+    for _ in range(200):
+        data = gateway.request("chat", tokens=1, headers={"authorization": f"Bearer {made.stack.key}"})
+        began = time.monotonic()
+        with client.connect(made.stack.url) as wire:
+            wire.send(data)
+            assert wire.read_head(25).status == 200
+            took.append(time.monotonic() - began)
+    return statistics.median(took)
+
+
 def test_a_steady_load_makes_nothing_grow(tmp_path: Path) -> None:
-    """By slope over the last two thirds; the first is the warm-up."""
-    seconds = SECONDS * 0.4
-    with site(tmp_path, step_ms=0) as made:
+    """An hour pressed together: all APIs, tenants and classes, a queue, clients that leave and that read slowly, and
+    an engine's failure every second, most of them retried. By slope over the last two thirds; the first is the
+    warm-up."""
+    seconds, dice = SECONDS * 0.4, random.Random(11)
+    with site(tmp_path, step_ms=1, slots=2) as made:
         before, worker = made.descriptors(), made.processes()["worker-0"]
         page = os.sysconf("SC_PAGE_SIZE")
         samples: list[tuple[float, int, int]] = []  # when, bytes resident, descriptors
-        with Clients(made, ["polite"] * 4 + ["leaving", "stranger", "garbage"]) as crowd:
+        every_answer_is_right(made)
+        quick, spoilt, queued = first_bytes(made), 0.0, 0.0
+        with Clients(made, STEADY) as crowd:
             began = time.monotonic()
             while (now := time.monotonic() - began) < seconds:
                 resident = int(Path(f"/proc/{worker}/statm").read_text().split()[1]) * page
                 samples.append((now, resident, len(open_files(worker))))
+                if now - spoilt >= 1:
+                    spoilt = now
+                    made.engines[dice.randrange(ENGINES)].misbehave(requests=1, **dice.choice(TROUBLES))
+                    queued = max(queued, made.gauges()["vitalis_queued"])
                 time.sleep(seconds / 300)
         crowd.check()
         third = seconds / 3
@@ -98,11 +120,21 @@ def test_a_steady_load_makes_nothing_grow(tmp_path: Path) -> None:
             statistics.median(took for at, took in crowd.latencies if low <= at - began < low + third)
             for low in (third, 2 * third)
         ]
-        print(f"resident {warm[0][1] >> 10} to {warm[-1][1] >> 10} KiB, by slope {growth / 1024:+.0f} KiB;"
-              f" descriptors {descriptors}; median {times[0] * 1e3:.1f} and {times[1] * 1e3:.1f} ms")  # fmt: skip
+        for engine in made.engines:
+            engine.reset()
+        made.stack.wait_ready(ENGINES, 60)
+        said, late = made.stack.metrics(), first_bytes(made)
+        print(f"{sum(crowd.outcomes.values()) / seconds:.0f} requests/s, {said['vitalis_retries_total']:.0f} retries,"
+              f" up to {queued:.0f} queued; resident {warm[0][1] >> 10} to {warm[-1][1] >> 10} KiB, by slope"
+              f" {growth / 1024:+.0f} KiB; descriptors {descriptors}; median under load {times[0] * 1e3:.1f} and"
+              f" {times[1] * 1e3:.1f} ms, first byte at rest before {quick * 1e3:.1f} and after {late * 1e3:.1f} ms"
+              )  # fmt: skip
+        assert said["vitalis_retries_total"] > 0
+        assert queued > 0
         assert growth <= GROWTH_BYTES
         assert descriptors[1] <= descriptors[0] + GROWTH_DESCRIPTORS
         assert times[1] <= 5 * times[0] + 0.25
+        assert late <= 3 * quick + 0.05
         every_answer_is_right(made)
         made.quiet(before)
 
