@@ -17,7 +17,7 @@ from vitalis_serve.fleet import Replica, ReplicaState
 from tests.support import client, gateway, simulator
 from tests.support.gateway import APIS, wait_until
 from tests.support.simulator import Simulator
-from tests.support.worker import MODEL, WorkerProcess, running_worker
+from tests.support.worker import MODEL, WorkerProcess, running_worker, snapshot
 
 CASES = [(api, stream) for api in APIS for stream in (False, True)]
 # What the product does by itself; only the choice of a replica is the tests' own (tests/support/worker.py).
@@ -426,6 +426,25 @@ def test_a_request_that_was_running_when_two_engines_died_is_refused(
         gateway.check_answer(other, harmony.ask(other, stream=streamed), stream=streamed)
 
 
+@pytest.mark.parametrize("rule", [{"kind": "reset", "point": "event"}, {"kind": "stream_error"}], ids=str)
+def test_a_request_that_kills_engines_after_its_first_token_is_refused_too(
+    harmony: Stage, bad: Simulator, good: Simulator, rule: dict[str, Any]
+) -> None:
+    ready, dead = ReplicaState.READY, ReplicaState.BACKOFF
+    more: dict[str, Any] = {"user": f"late-{rule['kind']}"}
+    at = fresh(harmony, bad, good)
+    for engine, states in ((bad, (dead, ready)), (good, (dead, dead))):
+        engine.misbehave(requests=1, after_events=6, **rule)
+        answer = harmony.ask("chat", stream=True, tokens=20, **more)
+        assert answer.status == 200
+        assert b"[DONE]" not in answer.body
+        harmony.fleet((bad.address, states[0], at), (good.address, states[1], at))
+    harmony.fleet((bad.address, ready, at + 1), (good.address, ready, at + 1))
+    answer = harmony.ask("chat", stream=True, tokens=20, **more)
+    assert (answer.status, answer.json["error"]["code"]) == (400, "invalid_request")
+    gateway.check_answer("chat", harmony.ask("chat", stream=True), stream=True)
+
+
 def test_a_request_that_kills_on_a_kept_alive_connection_is_known_too(stage: Stage) -> None:
     """The engine is gone before it has said a byte, which looks like a connection that it had closed before."""
     with simulator.started() as one, simulator.started() as two, simulator.started() as three:
@@ -559,16 +578,23 @@ def test_special_tokens_in_a_text_are_counted_and_left(harmony: Stage, bad: Simu
     assert harmony.failures("harmony_content") == before + 1
 
 
-def test_ignore_eos_is_refused_where_harmony_is_spoken(harmony: Stage, stage: Stage, bad: Simulator) -> None:
-    for here in (harmony, stage):
-        here.worker.serve(bad.address)
-    for api in ("chat", "responses"):
-        answer = harmony.ask(api, ignore_eos=True)
-        assert (answer.status, gateway.error_code(answer)) == (400, "unsupported_field")
-        assert answer.json["error"]["message"].startswith("`ignore_eos` cannot be used")
-        assert harmony.ask(api, ignore_eos=False).status == 200
-        assert stage.ask(api, ignore_eos=True).status == 200
-    assert harmony.ask("completions", ignore_eos=True).status == 200
+def test_ignore_eos_is_refused_where_harmony_is_spoken(harmony: Stage, bad: Simulator, tmp_path: Path) -> None:
+    """By gpt-oss, which the name says; other models take it."""
+    harmony.worker.serve(bad.address)
+    document = snapshot(routes={"another": "another"})
+    with (
+        simulator.started("--served-model-name", "another") as other,
+        staged(tmp_path, document=document, **PRODUCT) as stage,
+    ):
+        stage.worker.serve(other.address, models=("another",))
+        for api in ("chat", "responses"):
+            answer = harmony.ask(api, ignore_eos=True)
+            assert (answer.status, gateway.error_code(answer)) == (400, "unsupported_field")
+            assert answer.json["error"]["message"].startswith("`ignore_eos` cannot be used")
+            assert harmony.ask(api, ignore_eos=False).status == 200
+            assert stage.ask(api, ignore_eos=True, model="another").status == 200
+        assert harmony.ask("completions", ignore_eos=True).status == 200
+        gateway.settled(stage.worker)
 
 
 # Every way to die at every moment

@@ -6,13 +6,13 @@ a mark each, once somebody who knows says that this process crashed. Two marks f
 that very request for an hour. Whoever only ran beside it is marked as well; an answer that then comes to a good end
 clears it (`cleared`).
 
-Nothing is hashed until an engine fails, and nothing on the way of a request until one is refused; then only bodies
-of the same length are.
+A request is hashed when its try fails, or at its first token, with which its body goes; and before it is sent only
+while one of the same length is refused.
 """
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Final
 
 from vitalis_serve.errors import ServeError
@@ -22,8 +22,8 @@ NOTE_SECONDS: Final = 30.0  # from a failed try to the word that its engine is d
 
 
 def digest(encoded: bytes) -> bytes:
-    """What a request is known by: 16 bytes of its body as engines get it. 1 us, and 2 us more for each KiB."""
-    return blake2b(encoded, digest_size=16).digest()
+    """What a request is known by: 16 bytes of its body as engines get it. 1 us, and 0.8 us more for each KiB."""
+    return sha256(encoded).digest()[:16]
 
 
 @dataclass(slots=True)
@@ -67,14 +67,8 @@ class Killers:
             f" {minutes} min. Change it, or report it with its request id.",
         )
 
-    def failed(self, replica: str, incarnation: int, encoded: bytes, now: float) -> bytes:
-        """A try of this request ended as a death looks. Returns its digest, for `cleared`."""
-        known = digest(encoded)
-        self.noted(replica, incarnation, known, len(encoded), now)
-        return known
-
-    def noted(self, replica: str, incarnation: int, known: bytes, length: int, now: float) -> None:
-        """The same, as another worker tells it."""
+    def failed(self, replica: str, incarnation: int, known: bytes, length: int, now: float) -> None:
+        """A try of this request ended as a death looks. `known`: its digest, `length` that of its body."""
         if self._dead.get(replica) == incarnation:  # the news was faster than the lost connection
             self._mark(known, (replica, incarnation), length, now)
             return

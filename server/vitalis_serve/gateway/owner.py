@@ -194,7 +194,7 @@ class Owner:
         killers = self.state.killers
         match message:
             case said.Noted():
-                killers.noted(message.replica, message.incarnation, message.digest, message.length, now)
+                killers.failed(message.replica, message.incarnation, message.digest, message.length, now)
                 self.tell(message, but=guest.line)
             case said.Cleared():
                 killers.cleared(message.digest)

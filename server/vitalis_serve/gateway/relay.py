@@ -20,9 +20,10 @@ from vitalis_serve.gateway.access import Record
 from vitalis_serve.gateway.admission import NO_ENGINE
 from vitalis_serve.gateway.breaker import SICK
 from vitalis_serve.gateway.intake import Intake
+from vitalis_serve.gateway.killers import digest
 from vitalis_serve.gateway.paths import Api
 from vitalis_serve.gateway.retries import LOOKS_DEAD, may_retry
-from vitalis_serve.gateway.seats import CLASSES, OUTPUT_WEIGHT, Demand
+from vitalis_serve.gateway.seats import CLASSES, Demand, cost
 from vitalis_serve.gateway.usage import Usage
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Relay:
         "_demand",
         "_answers",
         "_died_at",
-        "_digest",
+        "_known",
+        "_marked",
         "_fallback",
         "_fallbacks",
         "_harmony_tried",
@@ -140,7 +142,8 @@ class Relay:
         self._excluded: frozenset[str] = frozenset()  # replicas that failed it
         self._probe = False  # its end is what the replica's circuit breaker waits for
         self._died_at = 0  # the number of the first try that ended as an engine's death looks
-        self._digest = b""  # of a request that was running when an engine seemed to die
+        self._known: tuple[bytes, int] | None = None  # digest and length of its body, for `killers.py`
+        self._marked = False  # it was running when an engine seemed to die
         self._harmony_tried = False
         self._leaked = False
         self._seat: Seat | None = None
@@ -205,6 +208,7 @@ class Relay:
         assert intake is not None
         self.model = model
         encoded = self._encoded = intake.encode(model)
+        self._known = None
         if state.killers.refused:
             state.killers.check(encoded, now)
         self._demand = intake.demand(
@@ -494,14 +498,14 @@ class Relay:
         body = self._held + payload if self._held else payload
         if status == 200:
             self._end_plain(body, content_type)
+        elif not 400 <= status < 600:
+            self._try_failed("protocol", "engine_protocol", f"The engine answered {status}, which is no answer here.")
         elif status not in _RETRIED_STATUSES:
             self._pass_on(status, body, content_type)
         elif kind := harmony.failure(status, body):
             self._harmony_failed(kind)
         elif status == 503:
             self._sent_at = 0.0
-        elif not 400 <= status < 600:
-            self._try_failed("protocol", "engine_protocol", f"The engine answered {status}, which is no answer here.")
             self._try_failed("status_503", "queue_full", "Every engine that holds this model is busy.")
         else:
             self._try_failed(f"status_{status}", "engine_protocol", f"The engine answered {status}: {_sentence(body)}")
@@ -588,6 +592,7 @@ class Relay:
         now = self.first_at = self._state.now()
         self.phase, self.status = RELAYING, 200
         self._fresh = True
+        self._known = (digest(self._encoded), len(self._encoded))
         self._encoded, self._intake = b"", None
         self._state.give_back_body(self)
         self._answered()
@@ -676,6 +681,7 @@ class Relay:
             self._harmony_failed(kind)
             return
         self._count_failure("in_stream_error")
+        self._mark(self._state.now())
         self._write_body(whole[: end + 2])
         self._drop_connection()
         self._end_framing()
@@ -781,10 +787,15 @@ class Relay:
             self._sick(now)
         if kind in LOOKS_DEAD:
             self._died_at = self._died_at or self._tries
-            if self._encoded:
-                self._digest = state.failed(self._replica, self._incarnation, self._encoded, now)
+            self._mark(now)
         alone = parser and sum(seat.serves(self._demand) for seat in state.admission.seats()) < 2
         self._again(kind, code, message, elsewhere=not alone)
+
+    def _mark(self, now: float) -> None:
+        """It was running when an engine seemed to die."""
+        known = self._known or (digest(self._encoded), len(self._encoded))
+        self._state.failed(self._replica, self._incarnation, known, now)
+        self._known, self._marked = known, True
 
     def _again(self, kind: str, code: str, message: str, *, elsewhere: bool = True) -> None:
         """Another try where that may be, on another replica unless this one is not to blame; else the end."""
@@ -904,13 +915,15 @@ class Relay:
         total = now - began if began else 0.0
         first = self.first_at - began if self.first_at else 0.0
         completion = used.completion_tokens
-        if completion:
+        if self._tries:  # each was charged as it was granted
             asked = self._demand
-            difference = used.prompt_tokens - asked.prompt_tokens + OUTPUT_WEIGHT * (completion - asked.output_tokens)
-            state.admission.settle(asked.tenant, asked.class_, difference, asked.weight)
+            charged = self._tries * cost(asked.prompt_tokens, asked.output_tokens)
+            state.admission.settle(
+                asked.tenant, asked.class_, cost(used.prompt_tokens, completion) - charged, asked.weight
+            )
         if outcome == "ok":
-            if self._digest:
-                state.cleared(self._digest)
+            if self._marked and self._known is not None:
+                state.cleared(self._known[0])
             counts.observe(total, first, self.queued_seconds, stream=self.stream)
         if state.access.enabled:
             key = self.key

@@ -165,11 +165,11 @@ class WorkerState:
         if self.owner is not None:
             self.owner.tell_troubles()
 
-    def failed(self, replica: str, incarnation: int, encoded: bytes, now: float) -> bytes:
-        """A try ended as an engine's death looks: all workers are to know of it. Returns the request's digest."""
-        digest = self.killers.failed(replica, incarnation, encoded, now)
-        self._tell(Noted(replica, incarnation, digest, len(encoded)))
-        return digest
+    def failed(self, replica: str, incarnation: int, known: tuple[bytes, int], now: float) -> None:
+        """A try ended as an engine's death looks: all workers are to know of it. `known`: digest and length of the
+        request's body."""
+        self.killers.failed(replica, incarnation, *known, now)
+        self._tell(Noted(replica, incarnation, *known))
 
     def cleared(self, digest: bytes) -> None:
         self.killers.cleared(digest)
@@ -184,7 +184,7 @@ class WorkerState:
     def _hear(self, message: Message) -> None:
         """From the worker that owns admission."""
         if isinstance(message, Noted):
-            self.killers.noted(message.replica, message.incarnation, message.digest, message.length, self.now())
+            self.killers.failed(message.replica, message.incarnation, message.digest, message.length, self.now())
         elif isinstance(message, Cleared):
             self.killers.cleared(message.digest)
 

@@ -18,8 +18,12 @@ def refused(killers: Killers, body: bytes, now: float) -> bool:
     return False
 
 
+def failed(killers: Killers, body: bytes, replica: str, incarnation: int, now: float) -> None:
+    killers.failed(replica, incarnation, digest(body), len(body), now)
+
+
 def kills(killers: Killers, body: bytes, replica: str, incarnation: int, now: float) -> None:
-    killers.failed(replica, incarnation, body, now)
+    failed(killers, body, replica, incarnation, now)
     killers.died(replica, incarnation, now + 1)
 
 
@@ -49,17 +53,17 @@ def test_the_refusal_is_one_that_nobody_tries_again() -> None:
 def test_all_in_flight_are_marked_and_each_once_per_death() -> None:
     killers = Killers()
     for body in (BODY, BODY, OTHER):
-        killers.failed("e0", 1, body, 0.0)
+        failed(killers, body, "e0", 1, 0.0)
     assert killers.died("e0", 1, 1.0) == 2
     assert killers.died("e0", 1, 1.1) == 0
-    killers.failed("e0", 1, BODY, 1.2)  # heard of after the death
+    failed(killers, BODY, "e0", 1, 1.2)  # heard of after the death
     assert not refused(killers, BODY, 2.0)
     assert len(killers) == 2
 
 
 def test_who_was_there_at_one_death_is_not_refused_beside_who_was_at_two() -> None:
     killers = Killers()
-    killers.failed("e0", 1, OTHER, 0.0)
+    failed(killers, OTHER, "e0", 1, 0.0)
     kills(killers, BODY, "e0", 1, 0.0)
     kills(killers, BODY, "e1", 1, 10.0)
     assert refused(killers, BODY, 12.0)
@@ -70,14 +74,14 @@ def test_a_loss_heard_of_after_the_death_counts() -> None:
     killers = Killers()
     kills(killers, BODY, "e0", 1, 0.0)
     killers.died("e1", 7, 5.0)
-    killers.failed("e1", 7, BODY, 5.1)
+    failed(killers, BODY, "e1", 7, 5.1)
     assert refused(killers, BODY, 6.0)
 
 
 def test_a_failure_without_a_death_is_none() -> None:
     killers = Killers()
     for incarnation in range(5):
-        killers.failed("e0", incarnation, BODY, 0.0)
+        failed(killers, BODY, "e0", incarnation, 0.0)
     assert killers.died("e0", 1, NOTE_SECONDS + 1) == 0
     killers.expire(NOTE_SECONDS + 1)
     assert killers.died("e0", 2, 1.0) == 0
@@ -86,15 +90,15 @@ def test_a_failure_without_a_death_is_none() -> None:
 
 def test_a_good_end_clears_the_bystander_but_not_who_met_two_deaths() -> None:
     killers = Killers()
-    known = killers.failed("e0", 1, BODY, 0.0)
-    killers.cleared(known)  # before the death is known
+    failed(killers, BODY, "e0", 1, 0.0)
+    killers.cleared(digest(BODY))  # before the death is known
     assert killers.died("e0", 1, 1.0) == 0
     kills(killers, BODY, "e0", 2, 10.0)
-    killers.cleared(known)  # after
+    killers.cleared(digest(BODY))  # after
     kills(killers, BODY, "e0", 3, 20.0)
     assert not refused(killers, BODY, 22.0)
     kills(killers, BODY, "e0", 4, 30.0)
-    killers.cleared(known)
+    killers.cleared(digest(BODY))
     assert refused(killers, BODY, 32.0)
 
 
@@ -111,7 +115,7 @@ def test_replicas_that_are_gone_are_forgotten() -> None:
     killers = Killers()
     killers.died("e0", 1, 0.0)
     killers.keep(frozenset({"e1"}))
-    killers.failed("e0", 1, BODY, 0.1)
+    failed(killers, BODY, "e0", 1, 0.1)
     assert len(killers) == 0
 
 
@@ -143,7 +147,7 @@ def test_bounded_and_exact_whatever_happens(story: list[tuple[str, int, str, int
     for what, n, replica, incarnation, seconds in story:
         now += seconds
         if what == "failed":
-            killers.failed(replica, incarnation, bodies[n], now)
+            failed(killers, bodies[n], replica, incarnation, now)
             failures[n].add((replica, incarnation))
         elif what == "died":
             killers.died(replica, incarnation, now)
