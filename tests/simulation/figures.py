@@ -125,7 +125,7 @@ def main() -> None:
             for seed in (1, 2, 3):
                 a, b = neighbours(replicas, gateways, workers=workers, seed=seed, load=load)
                 print(
-                    f"  {replicas} replicas, {gateways} gateways of {workers} workers, load {load}, seed {seed}: {ms(a.ttft_p99)}, "
+                    f"  {replicas} replicas, {gateways}x{workers} workers, load {load}, seed {seed}: {ms(a.ttft_p99)}, "
                     f"{ms(b.ttft_p99)}, {b.ttft_p99 / a.ttft_p99:.2f}; {b.refused:.1%} (solo {a.refused:.1%})"
                 )
     for error in (1.0, 2.0, 0.5):
@@ -137,7 +137,7 @@ def main() -> None:
     for replicas, gateways, workers in ((1, 1, 1), (2, 1, 1), (2, 1, 3), (2, 2, 1)):
         found = (emergency(replicas, times, gateways=gateways, workers=workers) for times in (0, 1, 10))
         print(
-            f"emergency TTFT p50/p99, {replicas} replicas, {gateways} gateways of {workers} workers, the rest at 0, 1, 10 times capacity:",
+            f"emergency TTFT p50/p99, {replicas} replicas, {gateways}x{workers} workers, others at 0, 1, 10x:",
             ", ".join(f"{ms(s.ttft_p50)}/{ms(s.ttft_p99)} ({s.refused:.0%} refused)" for s in found),
         )
     for name, more in (
@@ -165,7 +165,7 @@ def main() -> None:
             long_prompts(replicas, flood=True, gateways=gateways, workers=workers, options=no_cap),
         ]
         print(
-            f"8k prompts, {replicas} replicas, {gateways} gateways of {workers} workers: others' TTFT p50/p99 alone, beside, without cap:",
+            f"8k prompts, {replicas} replicas, {gateways}x{workers}: others' p50/p99 alone, beside, without cap:",
             ", ".join(f"{ms(s.ttft_p50)}/{ms(s.ttft_p99)}" for s in found),
         )
 
