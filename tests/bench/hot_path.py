@@ -58,6 +58,9 @@ class Sink:
     def is_closing(self) -> bool:
         return False
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
 
 def request(body: bytes) -> bytes:
     return (
