@@ -255,12 +255,10 @@ class Stack:
         """Control's /metrics."""
         control = self.status()["control"]
         token = (self.data / "control.token").read_text().strip()
-        answer = httpx.get(
-            f"http://{control['host']}:{control['port']}/metrics",
-            headers={"Authorization": f"Bearer {token}"}, timeout=30,
-        )  # fmt: skip
-        answer.raise_for_status()
-        return samples(answer.text)
+        asked = client.get("/metrics", {"authorization": f"Bearer {token}"})
+        answer = client.ask(f"http://{control['host']}:{control['port']}", asked, 30)
+        assert answer.status == 200, answer.body
+        return samples(answer.body.decode())
 
     def engines(self) -> list[Engine]:
         replicas = self.status()["fleet"]["replicas"]

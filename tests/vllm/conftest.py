@@ -11,7 +11,7 @@ import pytest
 from tests.support import engines
 
 TREES = {
-    "pair": {"profile": "cpu-tiny", "engines_replicas": 2},
+    "pair": {"profile": "cpu-tiny", "engines_replicas": 2, "cache_groups": "{kin: [alike, akin]}"},
     "parallel": {"profile": "cpu-tiny", "engines_replicas": 1, "engines_tensor_parallel": 2},
 }
 
