@@ -30,6 +30,7 @@ from vitalis_serve.settings import Resolved, Settings, companion, load, resolve
 from vitalis_serve.settings.hardware import GpuModel
 from vitalis_serve.settings.overrides import overridden
 from vitalis_serve.settings.redaction import redact, redact_argv
+from vitalis_serve.settings.schema import Route
 from vitalis_serve.settings.variables import setting_paths
 from vitalis_serve.supervise.commands import NotRunning, request
 from vitalis_serve.supervise.folders import run_folder
@@ -57,6 +58,14 @@ def register(app: typer.Typer) -> None:
 # --- check-config ---
 
 
+def _models(route: Route) -> list[tuple[str, str]]:
+    """Every model that a route may lead to, and how; one model's name is said once."""
+    named = [("maps to", route.model)] if route.model and not route.weights else []
+    named += [("gives a part to", part.model) for part in route.weights]
+    named += [("falls back to", model) for model in route.fallbacks]
+    return list({model: (leads, model) for leads, model in reversed(named)}.values())[::-1]
+
+
 def check_config(config: Config = None, inventory: InventoryFile = None, as_json: Json = False) -> None:
     """The configuration in force, where each value came from, and the command line of every engine."""
     machine = _machine(inventory)
@@ -66,10 +75,12 @@ def check_config(config: Config = None, inventory: InventoryFile = None, as_json
     if python is not None:
         unasked = flags.check(settings.engines.engine_args, python, cache_folder(os.environ))
         notes += [f"options of the engines are not checked: {unasked}"] if unasked else []
+    served = settings.model.name
     notes += [
-        f"route {route.name} maps to {route.model}, which these engines do not serve (they serve {settings.model.name})"
+        f"route {route.name} {leads} {model}, which these engines do not serve (they serve {served})"
         for route in settings.routes
-        if route.model != settings.model.name
+        for leads, model in _models(route)
+        if model != served
     ]
     notes += overridden(resolved)
     problem: ConfigurationError | None = None

@@ -92,6 +92,15 @@ def test_routes_to_other_models_are_noted(run, python):
         VITALIS_ROUTES='[{"name": "chat", "model": "smollm"}]',
     )  # fmt: skip
     assert "note: route chat maps to smollm, which these engines do not serve (they serve smollm2-135m)" in done.stdout
+    parts = '{"model": "smollm2-135m", "weight": 9}, {"model": "smolm2", "weight": 1}'
+    done = run(
+        "check-config", VITALIS_ENGINE_PYTHON=python, VITALIS_PROFILE="cpu-demo",
+        VITALIS_ROUTES=f'[{{"name": "chat", "weights": [{parts}], "fallbacks": ["smollm3"]}}]',
+    )  # fmt: skip
+    assert [line for line in done.stdout.splitlines() if line.startswith("note: route")] == [
+        "note: route chat gives a part to smolm2, which these engines do not serve (they serve smollm2-135m)",
+        "note: route chat falls back to smollm3, which these engines do not serve (they serve smollm2-135m)",
+    ]
 
 
 def test_a_file_elsewhere_is_checked_with_what_is_shipped(run, tmp_path):
