@@ -148,12 +148,16 @@ class Worker:
         elif kind == "drain":
             self.drain(float(message.get("seconds", 0)))
         elif kind == "in_flight?" and self._link is not None:
-            replicas = {s.replica.name: s.in_flight for s in self.state.admission.seats()}
+            seats = list(self.state.admission.seats())
+            replicas = {s.replica.name: s.in_flight for s in seats}
+            full = [s.replica.name for s in seats if s.in_flight and s.in_flight >= s.ordinary_slots]
             if self.state.owner is not None:  # the others count their own
                 replicas = {name: n - self.state.owner.granted(name) for name, n in replicas.items()}
             count = self.state.counters.open_contexts
             arrivals = {pool.name: pool.arrivals for pool in self.state.pools()}
-            self._link.say({"type": "in_flight", "count": count, "replicas": replicas, "arrivals": arrivals})
+            self._link.say(
+                {"type": "in_flight", "count": count, "replicas": replicas, "arrivals": arrivals, "full": full}
+            )
 
     def drain(self, seconds: float) -> None:
         """Accepts nothing more; what runs may finish for `seconds`, then it is properly ended."""

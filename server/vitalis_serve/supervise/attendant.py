@@ -12,7 +12,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vitalis_serve.errors import StartError
@@ -34,13 +34,15 @@ State = Literal["starting", "ready", "draining", "backoff", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Between workers and one replica. `arrivals` grows whenever tokens came from there, and is only compared."""
+    """Between workers and one replica. `arrivals` grows whenever tokens came from there, and is only compared. `full`:
+    an ordinary request gets no slot there just now."""
 
     in_flight: int = 0
     arrivals: int = 0
+    full: bool = False
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.in_flight + other.in_flight, self.arrivals + other.arrivals)
+        return Traffic(self.in_flight + other.in_flight, self.arrivals + other.arrivals, self.full or other.full)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,7 @@ class Attendant:
         self._suspect = suspect
         self._child: Child | None = None
         self._heard_at = 0.0
-        self._in_flight: dict[str, int] = {}
-        self._arrivals: dict[str, int] = {}
+        self._traffic: dict[str, Traffic] = {}
         self._answers: deque[asyncio.Future[None]] = deque()  # in the order of our questions
         self._leaving = asyncio.Event()
 
@@ -106,8 +107,9 @@ class Attendant:
             async with asyncio.timeout(ASK_SECONDS):
                 await answer
         except TimeoutError:
-            return Traffic(max(1, self._in_flight.get(replica, 0)), self._arrivals.get(replica, 0))
-        return Traffic(self._in_flight.get(replica, 0), self._arrivals.get(replica, 0))
+            last = self._traffic.get(replica, Traffic())
+            return replace(last, in_flight=max(1, last.in_flight))
+        return self._traffic.get(replica, Traffic())
 
     def drain(self, seconds: float) -> None:
         """No more replacements from here on. A worker that dies has drained, badly."""
@@ -184,8 +186,7 @@ class Attendant:
             await asyncio.wait({listener}, timeout=1)  # what it said last; a child of its own may hold the channel
             listener.cancel()
         self._child = None
-        self._in_flight.clear()
-        self._arrivals.clear()
+        self._traffic.clear()
         self._release()
         child.close()
         self.drained.set()
@@ -208,8 +209,11 @@ class Attendant:
                 self.ready.set()
                 logger.info("%s is ready (process %s)", self.spec.name, self.pid)
             case "in_flight":
-                self._in_flight = {str(name): int(n) for name, n in message.get("replicas", {}).items()}
-                self._arrivals = {str(name): int(n) for name, n in message.get("arrivals", {}).items()}
+                arrivals, full = message.get("arrivals", {}), message.get("full", ())
+                self._traffic = {
+                    str(name): Traffic(int(n), int(arrivals.get(name, 0)), name in full)
+                    for name, n in message.get("replicas", {}).items()
+                }
                 if self._answers and not (oldest := self._answers.popleft()).done():
                     oldest.set_result(None)
             case "drained":

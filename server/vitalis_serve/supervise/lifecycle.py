@@ -88,8 +88,8 @@ class Answered:
 @dataclass(frozen=True, slots=True)
 class Observed:
     """A look at a serving engine. `working`: it has requests (by its count or the gateway's); `moved`: its counters
-    differ from the last look's, or tokens arrived at the gateway; `full`: it has as many as it has slots; `models`: as
-    in Answered."""
+    differ from the last look's, or tokens arrived at the gateway; `full`: it has no slot for an ordinary one;
+    `models`: as in Answered."""
 
     working: bool
     moved: bool
@@ -345,7 +345,9 @@ def _seen(life: Life, event: Event, now: float, policy: Policy) -> Step:
         case ProbeFailed(reason, refused, spoilt) if life.state in SERVING:
             if refused and life.state not in AWAY:
                 return _to(life, State.SUSPECT, detail=reason, spoils=spoilt), ()
-            return _overdue(replace(life, spoils=life.spoils or spoilt), now, policy, reason, gone=refused)
+            said = reason if life.state is State.SUSPECT else life.detail
+            life = replace(life, spoils=life.spoils or spoilt, detail=said)
+            return _overdue(life, now, policy, reason, gone=refused)
         case ProbeFailed(reason):
             return replace(life, detail=f"waiting for a right answer: {reason}"), ()
         case _:

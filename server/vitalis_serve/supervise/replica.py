@@ -400,7 +400,7 @@ class ReplicaTask:
         traffic = await self._traffic(self.spec.name)
         marks = Marks(sight.counters if sight.healthy else before.counters, traffic.arrivals)
         moved = marks.moved(before)
-        full = max(sight.requests, traffic.in_flight) >= self.spec.slots
+        full = traffic.full or max(sight.requests, traffic.in_flight) >= self.spec.slots
         if not sight.healthy:
             if moved and not sight.refused:
                 return lifecycle.Observed(working=True, moved=True, full=full), marks
@@ -436,7 +436,7 @@ class ReplicaTask:
             return lifecycle.Answered(models) if away else replace(observed, moved=True)
         then = await self.spec.prober.look(deadline + AFTERWARDS_SECONDS)
         busy = answer.busy and max(sight.requests, then.requests) > 0
-        if answer.refused and not busy:
+        if answer.refused and not busy and not (life.spoils and observed.moved):
             return lifecycle.ProbeFailed(answer.wrong, refused=True, spoilt=True)
         if observed.moved or (then.healthy and then.counters != sight.counters):
             return replace(observed, working=True, moved=True)
@@ -447,7 +447,7 @@ class ReplicaTask:
         return Listing(self.spec.models) if self.spec.models else await self.spec.prober.models(deadline)
 
 
-_TROUBLE = frozenset({ReplicaState.SUSPECT, ReplicaState.BACKOFF, ReplicaState.FAILED})
+_TROUBLE = frozenset({*lifecycle.AWAY, ReplicaState.BACKOFF, ReplicaState.FAILED})
 
 
 def _signal_name(number: int) -> str:

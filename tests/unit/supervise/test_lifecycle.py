@@ -170,9 +170,9 @@ def test_an_external_engine_is_never_spawned_nor_killed():
     assert (life.state, actions) == (State.HUNG, ())
     life, actions = after((lc.Observed(working=True, moved=True), 101.0), life=life, policy=policy)
     assert (life.state, actions) == (State.READY, ())
-    life, actions = after((lc.ProbeFailed("nobody listens", refused=True), 200.0), life=life, policy=policy)
+    life, actions = after((lc.ProbeFailed("reset", refused=True), 200.0), life=life, policy=policy)
     life, actions = after((lc.ProbeFailed("nobody listens", refused=True), 300.0), life=life, policy=policy)
-    assert (life.state, actions) == (State.SUSPECT, ()), "it is away, not hung"
+    assert (life.state, actions, life.detail) == (State.SUSPECT, (), "nobody listens"), "it is away, not hung"
     life, actions = after(lc.Stop(0), life=life, policy=policy)
     assert (life.state, actions) == (State.STOPPED, ())
 
