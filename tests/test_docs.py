@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from vitalis_serve import errors, metrics
 from vitalis_serve.cli import main
 from vitalis_serve.cli.application import app
 from vitalis_serve.fleet import ReplicaState
+from vitalis_serve.gateway.body import REFUSED
+from vitalis_serve.gateway.paths import APIS, MODEL_PREFIX, OWN
 from vitalis_serve.settings import Settings
 from vitalis_serve.settings.schema import Control, Deadlines, Gateway, Queue
 from vitalis_serve.settings.variables import OTHER_VARIABLES, VARIABLES, setting_paths
@@ -110,6 +113,36 @@ def test_the_codes_said_to_be_reserved_are_those_that_nothing_raises() -> None:
     rows = [line for line in PAGES["behaviour.md"].splitlines() if "not answered yet" in line]
     reserved = {code for row in rows for code in re.findall(r"`(\w+)`", row.split("|")[2])}
     assert reserved == errors.CODES.keys() - raised
+
+
+# openapi.yaml; tests/property/test_api_schema.py holds it against a running gateway
+
+OPENAPI = yaml.safe_load((DOCS / "openapi.yaml").read_text())
+
+
+def test_the_api_s_paths_are_those_that_are_answered() -> None:
+    said = {(path, method) for path, methods in OPENAPI["paths"].items() for method in methods}
+    posts = {(path.decode(), "post") for path in APIS}
+    gets = {(path.decode(), "get") for path in (*OWN, MODEL_PREFIX + b"{id}")}
+    assert said == posts | gets
+    without_key = {path for path, methods in OPENAPI["paths"].items() if methods.get("get", {}).get("security") == []}
+    assert without_key == {path.decode() for path, keyed in OWN.items() if not keyed}
+
+
+def test_the_api_s_codes_are_those_of_the_data_plane() -> None:
+    section = PAGES["behaviour.md"].split("\n## Errors")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if re.match(r"\| \d{3} \|", line)]
+    codes = {code: row[1].strip() for row in rows for code in re.findall(r"`(\w+)`", row[2])}
+    assert set(OPENAPI["components"]["schemas"]["Code"]["anyOf"][0]["enum"]) == codes.keys()
+    for status, answer in OPENAPI["paths"]["/v1/chat/completions"]["post"]["responses"].items():
+        if status != "200":
+            described = OPENAPI["components"]["responses"][answer["$ref"].rpartition("/")[2]]["description"]
+            wanted = {code for code in codes if codes[code] == status}
+            assert wanted <= set(re.findall(r"`(\w+)`", described)), status
+
+
+def test_the_api_s_refused_fields_are_those_that_are_refused() -> None:
+    assert set(OPENAPI["components"]["schemas"]["NoEngineFields"]["propertyNames"]["not"]["enum"]) == REFUSED
 
 
 def test_every_state_is_explained() -> None:
