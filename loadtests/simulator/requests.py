@@ -25,6 +25,7 @@ _LIMIT_FIELDS = {
 _BLOCK_BYTES_PER_TOKEN = 4
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _TRUE = {True, "true", "True", "TRUE", "1", "yes", "Yes", "YES", "on", "t", "y"}
+MOST_ANSWERS = 16_384  # vLLM's default, VLLM_MAX_N_SEQUENCES
 _FALSE = {False, "false", "False", "FALSE", "0", "no", "No", "NO", "off", "f", "n", None}
 
 
@@ -165,6 +166,8 @@ def read_work(path: str, body: bytes, options: Options) -> Work:
     work.spoken = spoken
     work.stream = _flag(fields, "stream")
     work.count = max(1, _integer(fields, "n") or 1) if api in ("chat", "completions") else 1
+    if work.count > MOST_ANSWERS:
+        raise Refused(400, f"n must be at most {MOST_ANSWERS}, got {work.count}.", "BadRequestError", "n")
     work.priority = _integer(fields, "priority") or 0
     request_id, salt = _value(fields, "request_id"), _value(fields, "cache_salt")
     work.request_id = request_id if isinstance(request_id, str) else ""

@@ -426,6 +426,21 @@ def test_a_request_that_was_running_when_two_engines_died_is_refused(
         gateway.check_answer(other, harmony.ask(other, stream=streamed), stream=streamed)
 
 
+def test_who_waits_at_a_replica_that_is_found_hung_is_answered_by_another(
+    harmony: Stage, bad: Simulator, good: Simulator
+) -> None:
+    """Long before a deadline; one that is given by address nobody would kill."""
+    at = fresh(harmony, bad, good)
+    bad.misbehave("freeze")
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        harmony.fleet((bad.address, ReplicaState.READY, at))
+        asked = [pool.submit(harmony.ask, api, stream=stream) for api, stream in CASES]
+        wait_until(lambda: harmony.worker.in_flight()["count"] == len(CASES), what="all wait")
+        harmony.fleet((bad.address, ReplicaState.HUNG, at), (good.address, ReplicaState.READY, at))
+        for (api, stream), answer in zip(CASES, asked, strict=True):
+            gateway.check_answer(api, answer.result(), stream=stream)
+
+
 @pytest.mark.parametrize("rule", [{"kind": "reset", "point": "event"}, {"kind": "stream_error"}], ids=str)
 def test_a_request_that_kills_engines_after_its_first_token_is_refused_too(
     harmony: Stage, bad: Simulator, good: Simulator, rule: dict[str, Any]

@@ -103,9 +103,7 @@ class Cleared(msgspec.Struct, array_like=True, tag=11, frozen=True):
     digest: bytes
 
 
-Message = (
-    Enter | Hello | First | Gone | Settle | Answered | Failed | Granted | Refused | Troubles | Noted | Cleared
-)
+Message = Enter | Hello | First | Gone | Settle | Answered | Failed | Granted | Refused | Troubles | Noted | Cleared
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[Message]).decode
 

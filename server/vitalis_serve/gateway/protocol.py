@@ -576,6 +576,10 @@ class ClientConnection(asyncio.Protocol):
         elif self._relay is not None:
             self._relay.keep_alive = False
 
+    def on_hung(self, replica: str, incarnation: int) -> None:
+        if self._relay is not None:
+            self._relay.on_hung(replica, incarnation)
+
     def end(self, error: ServeError) -> None:
         """The drain's deadline has passed: what runs here is properly ended."""
         if self._relay is not None:

@@ -515,6 +515,12 @@ class Relay:
         self._drop_connection()
         self._try_failed(kind, "engine_protocol", message)
 
+    def on_hung(self, replica: str, incarnation: int) -> None:
+        """No sign of life came from there for all of `hung_seconds`: nobody need wait for its deadline."""
+        if self._seat is not None and (self._replica, self._incarnation) == (replica, incarnation):
+            self._drop_connection()
+            self._try_failed("reset", "engine_unreachable", "The engine stopped making progress.")
+
     def on_engine_lost(self, *, started: bool, reused: bool) -> None:
         """The connection is gone before the answer was whole."""
         self._connection = None

@@ -64,7 +64,9 @@ class WorkerState:
             self.breakers = self.admission.breakers
         else:
             self.admission = Admission(
-                _admission_options(options), routing=chosen_by, share=1 / options.gateways,
+                _admission_options(options),
+                routing=chosen_by,
+                share=1 / options.gateways,
                 is_open=options.workers == 1,
             )
             # A probe may take as long as its first token.

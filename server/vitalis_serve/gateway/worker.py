@@ -24,7 +24,7 @@ import uvicorn
 import uvloop
 
 from vitalis_serve.errors import ServeError
-from vitalis_serve.fleet import Fleet
+from vitalis_serve.fleet import Fleet, ReplicaState
 from vitalis_serve.gateway import explaining
 from vitalis_serve.gateway.guest import GuestAdmission
 from vitalis_serve.gateway.keys import KeyTable
@@ -141,7 +141,13 @@ class Worker:
     def _on_message(self, message: dict[str, Any]) -> None:
         kind = message.get("type")
         if kind == "fleet":
-            self.state.take_fleet(Fleet.from_json(message))
+            before = {(r.name, r.incarnation) for r in self.state.fleet.replicas if r.state is ReplicaState.HUNG}
+            fleet = Fleet.from_json(message)
+            self.state.take_fleet(fleet)
+            for replica in fleet.replicas:
+                known = (replica.name, replica.incarnation)
+                if replica.state is ReplicaState.HUNG and known not in before:
+                    self._give_up(*known)
             self._fleet_known.set()
         elif kind == "unready":
             self.state.unready = True
@@ -158,6 +164,10 @@ class Worker:
             self._link.say(
                 {"type": "in_flight", "count": count, "replicas": replicas, "arrivals": arrivals, "full": full}
             )
+
+    def _give_up(self, replica: str, incarnation: int) -> None:
+        for connection in list(self._connections):
+            connection.on_hung(replica, incarnation)  # type: ignore[union-attr]  # they are all ours
 
     def drain(self, seconds: float) -> None:
         """Accepts nothing more; what runs may finish for `seconds`, then it is properly ended."""
