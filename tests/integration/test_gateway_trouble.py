@@ -119,9 +119,11 @@ def test_an_engine_that_is_busy(stage: Stage) -> None:
 
 @pytest.mark.parametrize("api", ["chat", "completions", "messages"])
 def test_an_error_event_before_the_first_token(stage: Stage, api: str) -> None:
-    stage.bad.misbehave("stream_error", requests=2)
+    stage.bad.misbehave("stream_error", requests=1)
     gateway.check_answer(api, stage.ask(api, stream=True, outcome="ok"), stream=True)
     stage.worker.serve(stage.bad.address)
+    # On Messages Harmony's parser fails so too, so an engine that is alone is asked once more.
+    stage.bad.misbehave("stream_error", requests=2 if api == "messages" else 1)
     answer = stage.ask(api, stream=True, outcome="engine_error", code="engine_protocol")
     assert answer.status == 502
     assert not gateway.looks_whole(api, [])
