@@ -89,7 +89,6 @@ class Machine(RuleBasedStateMachine):
         size=st.sampled_from([10, 900]),
         key=st.integers(0, 7),
         streamed=st.booleans(),
-        owner=st.sampled_from(["worker-0", "worker-1"]),
         weight=st.just(1.0),
     )
     def enter(self, model: str, class_: str, tokens: tuple[int, int], size: int, key: int, **more: Any) -> None:
@@ -142,12 +141,6 @@ class Machine(RuleBasedStateMachine):
         assert self.made.withdraw(waiter)
         assert not self.made.withdraw(waiter)
         del self.waiting[waiter]
-
-    @rule(owner=st.sampled_from(["worker-0", "worker-1"]))
-    def forget(self, owner: str) -> None:
-        self.held = {w: pair for w, pair in self.held.items() if pair[0].owner != owner}
-        self.waiting = {w: demand for w, demand in self.waiting.items() if demand.owner != owner}
-        self._granted(self.made.forget(owner, self.now))
 
     @rule(name=st.sampled_from(NAMES), is_open=st.booleans())
     def breaker(self, name: str, is_open: bool) -> None:

@@ -281,14 +281,6 @@ class Admission:
         self._drain.left(now, saturated=bool(self._waiting))
         return self._serve(seat, now) if self._waiting else []
 
-    def forget(self, owner: str, now: float) -> list[Grant]:
-        """A worker died: all its waiters leave, queued and granted ones."""
-        for waiting in [w for w in self._waiting.values() if w.demand.owner == owner]:
-            self._take_out(waiting)
-        for waiter in [waiter for waiter, holding in self._holdings.items() if holding.demand.owner == owner]:
-            self._give_back(self._holdings.pop(waiter), now)
-        return self._serve_all(now)
-
     def withdraw(self, waiter: Any) -> bool:
         """Takes a waiter out of the queue; False where it was not in it."""
         waiting = self._waiting.get(waiter)

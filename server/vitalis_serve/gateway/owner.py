@@ -162,7 +162,8 @@ class Owner:
     def _on_lost(self, line: Line) -> None:
         guest = self._guests.pop(line)
         logger.info("%s left", guest.name or "a worker")
-        for request in list(guest.requests.values()):
+        # First who waits: what the others give back is for somebody who is still here.
+        for request in sorted(guest.requests.values(), key=lambda request: request.seat is not None):
             self._gone(request)
         if not self._guests:
             self._alone.set()

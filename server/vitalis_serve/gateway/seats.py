@@ -18,7 +18,6 @@ class Demand(msgspec.Struct, frozen=True, array_like=True):
     """One request as admission and routing see it. Tokens are estimates; the same ones go to limits.
 
     waiter: anything hashable that is unique among those inside (an object here, an id across a socket).
-    owner: the worker the waiter belongs to; all of a dead worker's are given back by `forget(owner)`.
     affinity: `routing.affinity_key` of the tenant's salt and everything through the first user message.
     session: the same of the session header's value, 0 without one.
     deadline: absolute, in the clock of `now`; 0 leaves it to the class's patience.
@@ -38,7 +37,6 @@ class Demand(msgspec.Struct, frozen=True, array_like=True):
     excluded: frozenset[str] = frozenset()
     weight: float = 1.0
     streamed: bool = True
-    owner: str = ""
 
 
 def cost(prompt_tokens: int, output_tokens: int) -> int:

@@ -212,15 +212,25 @@ def test_waiters_are_stranded_when_the_last_replica_for_them_goes() -> None:
     assert made.queued == 1
 
 
-def test_a_dead_worker_gives_everything_back_at_once() -> None:
-    made = admission(replica("e0", 2), queue=10)
-    entered(made, 1, owner="worker-1")
-    entered(made, 2, owner="worker-1")
-    queued(made, 3, owner="worker-1")
-    queued(made, 4, 5, owner="worker-2")
-    assert names(made.forget("worker-1", 0.0)) == [4, 5]
-    assert (made.queued, made.in_flight) == (0, 2)
-    assert made.forget("worker-1", 0.0) == []
+def test_what_another_admission_granted_is_taken_over_and_given_back() -> None:
+    made = admission(replica("e0", 1, incarnation=3), queue=10)
+    assert made.adopt(ask("old"), "e0", 2, 0.0) is None
+    assert made.adopt(ask("gone"), "e1", 1, 0.0) is None
+    for waiter in ("a", "b"):  # room or not
+        assert made.adopt(ask(waiter), "e0", 3, 0.0) is not None
+    queued(made, "c")
+    assert (made.in_flight, made.leave("a", 1.0)) == (2, [])
+    assert names(made.leave("b", 1.0)) == ["c"]
+
+
+def test_nobody_is_granted_before_it_is_open() -> None:
+    made = Admission(AdmissionOptions(), is_open=False)
+    made.update(fleet(replica(slots=4)), 0.0)
+    queued(made, "a")
+    assert made.adopt(ask("held"), "e0", 1, 0.0) is not None
+    assert made.tick(0.1) == []
+    assert names(made.open(0.2)) == ["a"]
+    assert (made.in_flight, made.queued) == (2, 0)
 
 
 def test_gateways_share_the_caps_and_none_is_left_without() -> None:
