@@ -516,8 +516,12 @@ class Relay:
         self._try_failed(kind, "engine_protocol", message)
 
     def on_hung(self, replica: str, incarnation: int) -> None:
-        """No sign of life came from there for all of `hung_seconds`: nobody need wait for its deadline."""
-        if self._seat is not None and (self._replica, self._incarnation) == (replica, incarnation):
+        """No sign of life came from there for all of `hung_seconds`: who can have an answer elsewhere need not wait
+        for it to come back, or for a deadline."""
+        waits = self._seat is not None and self.phase in (CONNECTING, WAITING)
+        if not waits or (self._replica, self._incarnation) != (replica, incarnation):
+            return
+        if any(seat.serves(self._demand) for seat in self._state.admission.seats()):
             self._drop_connection()
             self._try_failed("reset", "engine_unreachable", "The engine stopped making progress.")
 
