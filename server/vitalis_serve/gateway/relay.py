@@ -250,9 +250,8 @@ class Relay:
         elif self.client.paused_at:
             self._fresh, self._idle_since = False, now  # nobody listens to the engine: its silence is not its own
         elif phase == WAITING and self.stream and now - self._idle_since >= self._state.options.first_token_seconds:
-            self._count_failure("first_token_timeout")
-            self._sick(now)
-            self._fail(ServeError("first_token_timeout", "The engine gave no first token in time."))
+            self._drop_connection()
+            self._try_failed("first_token_timeout", "first_token_timeout", "The engine gave no first token in time.")
         elif phase == RELAYING:
             if self._fresh:
                 self._fresh, self._idle_since = False, now

@@ -19,12 +19,12 @@ SLICES: Final = 12
 RETRIED: Final = frozenset(
     {
         "gone", "harmony", "connect", "reset", "cut", "protocol", "aborted", "no_token", "in_stream_error",
-        "status_500", "status_502", "status_503",
+        "status_500", "status_502", "status_503", "first_token_timeout",
     }
 )  # fmt: skip
 # How the end of a process looks to what it held; that it is dead is known up to 7 s later only (vLLM 0.32: a worker
-# killed gives 500 or an error event, the API process killed gives a lost connection).
-LOOKS_DEAD: Final = frozenset({"reset", "cut", "in_stream_error", "status_500"})
+# killed gives 500 or an error event, the API process killed gives a lost connection). One that hangs says nothing.
+LOOKS_DEAD: Final = frozenset({"reset", "cut", "in_stream_error", "status_500", "first_token_timeout"})
 
 
 class RetryBudget:

@@ -11,14 +11,26 @@ def ask(kind: str = "connect", tries: int = 1, died: int = 0, relayed: bool = Fa
 
 
 @pytest.mark.parametrize(
-    "kind", ["connect", "reset", "cut", "status_500", "status_502", "status_503", "aborted", "in_stream_error", "gone"]
+    "kind",
+    [
+        "connect",
+        "reset",
+        "cut",
+        "status_500",
+        "status_502",
+        "status_503",
+        "first_token_timeout",
+        "aborted",
+        "in_stream_error",
+        "gone",
+    ],
 )
 def test_what_another_replica_may_do_better_is_retried(kind: str) -> None:
     assert ask(kind)
     assert not ask(kind, relayed=True)
 
 
-@pytest.mark.parametrize("kind", ["status_429", "status_400", "status_504", "first_token_timeout", "idle_timeout"])
+@pytest.mark.parametrize("kind", ["status_429", "status_400", "status_504", "idle_timeout"])
 def test_what_another_replica_would_not_do_better_is_not(kind: str) -> None:
     assert not ask(kind)
 
