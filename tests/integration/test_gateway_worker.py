@@ -471,3 +471,21 @@ def test_a_worker_ends_with_its_supervisor(tmp_path: Path) -> None:
         worker._line.shutdown(socket.SHUT_RDWR)
         assert worker.process.wait(5) != 0
         assert time.monotonic() - began < 1
+
+
+def test_every_answer_and_every_prompt_takes_a_slot(tmp_path: Path) -> None:
+    with (
+        simulator.started("--decode-step-ms", "5") as engine,
+        running_worker(tmp_path / "w", queue_seconds=0.5) as worker,
+    ):
+        worker.serve(engine.address, slots=6)
+        wire, _, _ = gateway.start_stream(worker, gateway.request("chat", stream=True, tokens=4000, n=2))
+        more = {"prompt": ["One.", "Two."], "n": 2}
+        other, _, _ = gateway.start_stream(worker, gateway.request("completions", stream=True, tokens=4000, **more))
+        assert worker.in_flight()["replicas"] == {"engine-0": 6}
+        answer = gateway.ask(worker, gateway.request("chat"))
+        assert (answer.status, gateway.error_code(answer)) == (503, "queue_timeout")
+        other.close()
+        assert gateway.ask(worker, gateway.request("chat")).status == 200
+        wire.close()
+        gateway.settled(worker)

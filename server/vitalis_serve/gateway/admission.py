@@ -421,7 +421,7 @@ class Admission:
         assert waiter not in self._holdings, "a waiter entered while it holds a slot"
         if not seat.prefill:
             seat.rate.begun(now)
-        seat.in_flight += 1
+        seat.in_flight += demand.sequences
         if seat.trial:
             seat.open = seat.trial = False
         seat.kv += tokens + demand.output_tokens
@@ -441,8 +441,8 @@ class Admission:
 
     def _give_back(self, holding: _Holding, now: float) -> Seat:
         seat, demand, prefill = holding.seat, holding.demand, holding.prefill
-        self._classes[demand.class_].ended(holding.account)
-        seat.in_flight -= 1
+        self._classes[demand.class_].ended(holding.account, demand)
+        seat.in_flight -= demand.sequences
         seat.kv -= demand.prompt_tokens + demand.output_tokens
         if prefill:
             seat.prefill -= prefill

@@ -143,7 +143,7 @@ class ClassQueue:
     def grant(self, waiting: Waiting) -> Account:
         """Charges its tenant and takes it out; returns its account."""
         account = self.accounts[waiting.demand.tenant]
-        account.running += 1
+        account.running += waiting.demand.sequences
         self._virtual += waiting.cost / self._active
         self.remove(waiting)
         charge = waiting.cost / account.weight
@@ -157,7 +157,7 @@ class ClassQueue:
         charge = (demand.prompt_tokens + OUTPUT_WEIGHT * demand.output_tokens) / weight
         if not account.running:
             self._rouse(account, demand)
-        account.running += 1
+        account.running += demand.sequences
         if account.count:
             self._move(account, charge)
             return
@@ -167,9 +167,9 @@ class ClassQueue:
         if tag > self._virtual and not self._by_arrival:
             self._virtual = tag
 
-    def ended(self, account: Account) -> None:
+    def ended(self, account: Account, demand: Demand) -> None:
         """One that was granted runs no more."""
-        account.running -= 1
+        account.running -= demand.sequences
         if not account.running:
             self._rest(account)
 

@@ -162,7 +162,7 @@ class GuestAdmission:
         asked = self._asked.pop(waiter, None)
         assert asked is not None, "a slot was given back twice"
         assert asked.seat is not None, "a slot was given back before it was granted"
-        asked.seat.in_flight -= 1
+        asked.seat.in_flight -= asked.demand.sequences
         self.say(said.Gone(asked.demand.waiter))
         return []
 
@@ -267,7 +267,7 @@ class GuestAdmission:
             return
         del self._waiting[granted.waiter]
         asked.seat = seat
-        seat.in_flight += 1
+        seat.in_flight += asked.demand.sequences
         asked.relay.on_slot(seat, granted.reason)
 
     def number(self, relay: Any) -> int | None:

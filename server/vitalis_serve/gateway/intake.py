@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SESSION: Final = b"x-session-id"
 _as_int = msgspec.json.Decoder(int).decode
+_as_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 class Intake:
@@ -30,7 +31,7 @@ class Intake:
 
     __slots__ = (
         "_affinity", "_salt", "_session", "answers", "body", "class_", "fallbacks", "key", "max_tokens", "model",
-        "question", "route",
+        "question", "route", "sequences",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +74,9 @@ class Intake:
             raise ServeError("unsupported_field", words)
         self.max_tokens = _longest(fields, LENGTHS.get(dialect, ()))
         self.answers = _answers(fields, dialect) if "n" in fields else 1
+        self.sequences = self.answers
+        if dialect == "completions":
+            self.sequences *= _prompts(fields.get("prompt", b""))
 
     def encode(self, model: str) -> bytes:
         """The body as an engine is to get it, under its own name for the model."""
@@ -103,6 +107,7 @@ class Intake:
             excluded,
             1.0,
             self.body.stream,
+            self.sequences,
         )
 
 
@@ -115,6 +120,17 @@ def _answers(fields: Mapping[str, msgspec.Raw], dialect: str) -> int:
         return max(1, _as_int(fields["n"]))
     except msgspec.DecodeError:
         return 1
+
+
+def _prompts(prompt: msgspec.Raw | bytes) -> int:
+    """How many prompts one completion has; a list of numbers is one."""
+    raw = bytes(prompt)
+    if raw[:1] != b"[" or raw[1:].lstrip()[:1] not in (b'"', b"["):
+        return 1
+    try:
+        return max(1, len(_as_list(raw)))
+    except msgspec.DecodeError:
+        return 1  # the engine will refuse it
 
 
 def _longest(fields: Mapping[str, msgspec.Raw], names: tuple[str, ...]) -> int | None:

@@ -134,9 +134,10 @@ class Owner:
     def granted(self, replica: str) -> int:
         """How many slots of a replica the other workers have."""
         return sum(
-            request.seat is not None and request.seat.replica.name == replica
+            request.demand.sequences
             for guest in self._guests.values()
             for request in guest.requests.values()
+            if request.seat is not None and request.seat.replica.name == replica
         )
 
     def tell(self, message: Message, but: Line | None = None) -> None:

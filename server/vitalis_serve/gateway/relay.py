@@ -215,7 +215,7 @@ class Relay:
             self,
             model=model,
             body_bytes=len(encoded),
-            output_tokens=state.estimates.expect(self.route, intake.key.tenant, intake.max_tokens),
+            output_tokens=intake.sequences * state.estimates.expect(self.route, intake.key.tenant, intake.max_tokens),
             deadline=self._deadline,
             excluded=self._excluded,
         )
@@ -983,7 +983,8 @@ class Relay:
         if self.stream:
             rates.learn_stream(self.dialect, self._events, completion, self._answers)
         if completion:
-            self._state.estimates.learn(self.route, asked.tenant, asked.output_tokens, completion)
+            each = asked.sequences
+            self._state.estimates.learn(self.route, asked.tenant, asked.output_tokens // each, completion // each)
 
     def _estimated(self, rates: usage.Rates, now: float) -> Usage:
         told, asked, dialect = self._told, self._demand, self.dialect

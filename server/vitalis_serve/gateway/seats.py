@@ -22,6 +22,7 @@ class Demand(msgspec.Struct, frozen=True, array_like=True):
     session: the same of the session header's value, 0 without one.
     deadline: absolute, in the clock of `now`; 0 leaves it to the class's patience.
     streamed: False means that no first token will be reported before the answer is whole.
+    sequences: how many answers it asks for at once, each of which takes a slot; output_tokens is of all.
     """
 
     waiter: Any
@@ -37,6 +38,7 @@ class Demand(msgspec.Struct, frozen=True, array_like=True):
     excluded: frozenset[str] = frozenset()
     weight: float = 1.0
     streamed: bool = True
+    sequences: int = 1
 
 
 def cost(prompt_tokens: int, output_tokens: int) -> int:
@@ -92,7 +94,7 @@ class Seat:
                 return "held for another"
             if heavy:
                 slots = self.common_slots
-        if self.in_flight >= slots:
+        if self.in_flight + demand.sequences > slots and (self.in_flight or not slots):
             return "no free slot"
         taken = self.prefill
         if prefill and taken + demand.prompt_tokens > prefill and (taken or self.rests_from == demand.tenant):

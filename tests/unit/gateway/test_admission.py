@@ -233,6 +233,27 @@ def test_nobody_is_granted_before_it_is_open() -> None:
     assert (made.in_flight, made.queued) == (2, 0)
 
 
+def test_each_answer_asked_for_takes_a_slot() -> None:
+    made = admission(replica(slots=4), queue=10)
+    entered(made, "a", sequences=3)
+    queued(made, "b", sequences=2)
+    entered(made, "c")
+    assert made.in_flight == 4
+    assert made.leave("c", 1.0) == []
+    assert names(made.leave("a", 2.0)) == ["b"]
+    assert made.in_flight == 2
+
+
+def test_who_asks_for_more_answers_than_there_are_slots_gets_in_alone() -> None:
+    made = admission(replica(slots=4), queue=10)
+    entered(made, "a")
+    queued(made, "b", sequences=9)
+    assert names(made.leave("a", 1.0)) == ["b"]
+    queued(made, "c")
+    assert names(made.leave("b", 2.0)) == ["c"]
+    assert made.in_flight == 1
+
+
 def test_gateways_share_the_caps_and_none_is_left_without() -> None:
     made = admission(replica("e0", 9, kv=1000, prefill=100), replica("e1", 1), share=0.25)
     assert [(seat.slots, seat.kv_limit, seat.prefill_limit) for seat in made.seats()][0] == (2, 250, 25)
