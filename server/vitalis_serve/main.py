@@ -255,6 +255,8 @@ def _worker_options(settings: Settings, place_: Place, index: int, upstream_idle
         keepalive_seconds=gateway_.keepalive_seconds,
         queue_requests=gateway_.queue.max_requests,
         queue_seconds=gateway_.queue.max_seconds,
+        class_seconds={str(name): seconds for name, seconds in gateway_.queue.class_seconds.items()},
+        cold_start_seconds=gateway_.queue.cold_start_seconds,
         overload_seconds=gateway_.queue.overload_seconds,
         reserved_share=gateway_.queue.reserved_share,
         routing=gateway_.routing,

@@ -489,3 +489,28 @@ def test_every_answer_and_every_prompt_takes_a_slot(tmp_path: Path) -> None:
         assert gateway.ask(worker, gateway.request("chat")).status == 200
         wire.close()
         gateway.settled(worker)
+
+
+def test_a_request_may_wait_for_an_engines_start_and_each_class_has_its_patience(tmp_path: Path) -> None:
+    patience = {"standard": 0.3}
+    with (
+        simulator.started() as engine,
+        running_worker(tmp_path / "w", cold_start_seconds=20, class_seconds=patience) as worker,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        starting = Replica("engine-0", engine.address, ReplicaState.STARTING, (MODEL,), 1, 1)
+        worker.fleet(starting)
+        asked = pool.submit(gateway.ask, worker, gateway.request("chat"))
+        gateway.wait_until(lambda: worker.in_flight()["count"] == 1)
+        time.sleep(0.5)
+        assert not asked.done()
+        worker.serve(engine.address, slots=1)
+        assert asked.result().status == 200
+        engine.misbehave("silent", requests=1)
+        wire = client.connect(worker.url)
+        wire.send(gateway.request("chat"))
+        gateway.wait_until(lambda: worker.in_flight()["replicas"] == {"engine-0": 1})
+        answer = gateway.ask(worker, gateway.request("chat"))
+        assert (answer.status, gateway.error_code(answer)) == (503, "queue_timeout")
+        wire.close()
+        gateway.settled(worker)

@@ -78,6 +78,7 @@ class AdmissionOptions:
     locality_passes: int = 8
     prefill_seconds: float = 0.5
     prefill_tokens_per_second: float = 10_000  # until it is measured
+    cold_start_seconds: float = 0.0  # 0: nobody waits for an engine's start
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -229,10 +230,12 @@ class Admission:
                 queue.grant_at_once(account, demand)
                 return Entered(seat, decision.reason)
         assert demand.waiter not in self._waiting, "a waiter entered twice"
-        if not any(seat.serves(demand) for seat in self._seats.values()):
+        seats = self._seats.values()
+        cold = not any(seat.serves(demand) for seat in seats)
+        if cold and not (self._options.cold_start_seconds and any(seat.wakes(demand) for seat in seats)):
             raise ServeError("no_ready_engine", NO_ENGINE, retry_after=5)
         shed = self._make_way(queue, demand, now, jitter)
-        self._enqueue(queue, demand, now)
+        self._enqueue(queue, demand, now, cold=cold)
         grants = self._serve_all(now) if self._may_fit(demand) else []
         own = next((grant for grant in grants if grant.waiter == demand.waiter), None)
         if own is None:
@@ -326,9 +329,14 @@ class Admission:
         return late
 
     def stranded(self) -> list[Any]:
-        """Takes out and returns the waiters that nothing which takes requests could serve any more."""
-        seats = self._seats.values()
-        gone = [w for w in self._waiting.values() if not any(seat.serves(w.demand) for seat in seats)]
+        """Takes out and returns the waiters that nothing which takes requests could serve any more; who may wait for
+        an engine's start stays."""
+        seats, cold = self._seats.values(), self._options.cold_start_seconds > 0
+        gone = [
+            waiting
+            for waiting in self._waiting.values()
+            if not any(seat.serves(waiting.demand) or (cold and seat.wakes(waiting.demand)) for seat in seats)
+        ]
         for waiting in gone:
             self._take_out(waiting)
         return [waiting.demand.waiter for waiting in gone]
@@ -465,12 +473,13 @@ class Admission:
             shed.append(victim.demand.waiter)
         return tuple(shed)
 
-    def _enqueue(self, queue: ClassQueue, demand: Demand, now: float) -> None:
+    def _enqueue(self, queue: ClassQueue, demand: Demand, now: float, *, cold: bool) -> None:
         self._arrivals += 1
-        deadline = now + queue.limits.queue_seconds
+        deadline = now + (self._options.cold_start_seconds if cold else queue.limits.queue_seconds)
         if demand.deadline:
             deadline = min(deadline, demand.deadline)
-        waiting = Waiting(demand, cost(demand.prompt_tokens, demand.output_tokens), now, deadline, self._arrivals)
+        charge = cost(demand.prompt_tokens, demand.output_tokens)
+        waiting = Waiting(demand, charge, now, deadline, self._arrivals, cold=cold)
         self._waiting[demand.waiter] = waiting
         queue.add(waiting, now)
         if len(self._deadlines) > 64 + 4 * len(self._waiting):

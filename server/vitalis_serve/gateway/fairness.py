@@ -37,7 +37,7 @@ class Limits(Protocol):
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A waiter in the queue. `passed`: how often it gave way to one who was at home on the replica; `bypassed`: how
-    often somebody behind it was granted because it did not fit."""
+    often somebody behind it was granted because it did not fit. `cold`: it came while its engine was starting."""
 
     demand: Demand
     cost: int
@@ -47,6 +47,7 @@ class Waiting:
     passed: int = 0
     bypassed: int = 0
     blocked_since: float = 0.0
+    cold: bool = False
     holds: Seat | None = None
 
 
@@ -211,7 +212,8 @@ class ClassQueue:
         for waiting in self._by_arrival.values():
             if now - waiting.arrived < patience:
                 break
-            late.append(waiting)
+            if not waiting.cold:
+                late.append(waiting)
         return late
 
     # -- bounds

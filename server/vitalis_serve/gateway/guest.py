@@ -51,6 +51,7 @@ class GuestAdmission:
         routing: Policy,
         queue_requests: int,
         queue_seconds: float,
+        cold: bool,
         others: Callable[[Message], None],
     ) -> None:
         self.routing = routing
@@ -58,6 +59,7 @@ class GuestAdmission:
         self._path = path
         self._queue_requests = queue_requests
         self._queue_seconds = queue_seconds
+        self._cold = cold
         self._others = others
         self._line: Line | None = None
         self._lost = asyncio.Event()
@@ -144,7 +146,7 @@ class GuestAdmission:
     def enter(self, demand: Demand, now: float, jitter: float = 0.0) -> Entered:
         """ServeError no_ready_engine; queue_full, where the owner is away for too long."""
         assert demand.waiter not in self._asked, "a waiter entered twice"
-        if not any(seat.serves(demand) for seat in self._seats.values()):
+        if not any(seat.serves(demand) or (self._cold and seat.wakes(demand)) for seat in self._seats.values()):
             raise ServeError("no_ready_engine", NO_ENGINE, retry_after=5)
         if self._line is None and len(self._waiting) >= self._queue_requests:
             raise ServeError("queue_full", "All slots are taken and the queue is full.", retry_after=1 + jitter)

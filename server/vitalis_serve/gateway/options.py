@@ -20,6 +20,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     keepalive_seconds: float = 75
     queue_requests: int = 1024
     queue_seconds: float = 30
+    class_seconds: dict[str, float] = {}  # another patience for some classes
+    cold_start_seconds: float = 0  # while the engine that would serve is starting
     overload_seconds: float = 1  # nobody waits longer once a queue has stood for seconds; 0: off
     reserved_share: float = 0.1  # of every replica's caps, for emergency alone
     routing: str = "affinity"  # or session, least_tokens, round_robin

@@ -5,12 +5,13 @@ from typing import Any, Final
 
 import msgspec
 
-from vitalis_serve.fleet import Replica
+from vitalis_serve.fleet import Replica, ReplicaState
 from vitalis_serve.gateway.pace import PrefillRate
 
 # Strict order: the first one is served before all others, and alone may use the reserved share.
 CLASSES: Final = ("emergency", "interactive", "standard", "batch")
 EMERGENCY: Final = CLASSES[0]
+STARTS: Final = frozenset({ReplicaState.PLANNED, ReplicaState.STARTING, ReplicaState.BACKOFF})
 OUTPUT_WEIGHT: Final = 2  # a generated token costs an engine about twice a prompt token
 
 
@@ -81,6 +82,11 @@ class Seat:
     def serves(self, demand: Demand) -> bool:
         """Whether this replica could run it at all, room or not."""
         return self.takes and demand.model in self.models and self.replica.name not in demand.excluded
+
+    def wakes(self, demand: Demand) -> bool:
+        """Whether it is being started, and could then."""
+        starts = self.replica.state in STARTS and demand.model in self.models
+        return starts and self.replica.name not in demand.excluded
 
     def lacks(self, demand: Demand, heavy: bool = False) -> str:
         """Why the demand does not get in here now; "" where it does. `heavy`: its tenant has more than its share.

@@ -58,7 +58,8 @@ class WorkerState:
                 path=options.admission_socket,
                 routing=chosen_by,
                 queue_requests=options.queue_requests,
-                queue_seconds=options.queue_seconds,
+                queue_seconds=max(options.queue_seconds, options.cold_start_seconds, *options.class_seconds.values()),
+                cold=options.cold_start_seconds > 0,
                 others=self._hear,
             )
             self.breakers = self.admission.breakers
@@ -272,9 +273,11 @@ def _admission_options(options: WorkerOptions) -> AdmissionOptions:
         name: ClassLimits(
             queue_requests=options.queue_requests,
             queue_bytes=options.max_bodies_bytes,
-            queue_seconds=options.queue_seconds,
+            queue_seconds=options.class_seconds.get(name, options.queue_seconds),
             overload_seconds=options.overload_seconds if name in ("interactive", "standard") else 0.0,
         )
         for name in CLASSES
     }
-    return AdmissionOptions(classes=limits, reserved=options.reserved_share)
+    return AdmissionOptions(
+        classes=limits, reserved=options.reserved_share, cold_start_seconds=options.cold_start_seconds
+    )

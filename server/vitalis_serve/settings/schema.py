@@ -128,6 +128,8 @@ class Queue(Strict):
 
     max_requests: Count = 1024
     max_seconds: Seconds = 30
+    class_seconds: dict[Literal["emergency", "interactive", "standard", "batch"], Seconds] = {}
+    cold_start_seconds: Pause = 0
     overload_seconds: Pause = 1
     reserved_share: Annotated[float, Number, Field(ge=0, le=0.9, allow_inf_nan=False)] = 0.1
 

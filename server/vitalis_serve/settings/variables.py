@@ -28,7 +28,15 @@ OTHER_VARIABLES: Final = MappingProxyType(
 )
 # VITALIS_ENGINES_ENGINE_PYTHON would be a near-twin of VITALIS_ENGINE_PYTHON; one is enough.
 _LEFT_OUT: Final = frozenset({("engines", "engine_python")})
-_STRUCTURED: Final = frozenset({("engines", "engine_args"), ("engines", "engine_env"), ("routes",), ("cache_groups",)})
+_STRUCTURED: Final = frozenset(
+    {
+        ("engines", "engine_args"),
+        ("engines", "engine_env"),
+        ("gateway", "queue", "class_seconds"),
+        ("routes",),
+        ("cache_groups",),
+    }
+)
 
 
 def setting_paths(model: type[BaseModel] = Settings, above: KeyPath = ()) -> tuple[KeyPath, ...]:

@@ -254,6 +254,23 @@ def test_who_asks_for_more_answers_than_there_are_slots_gets_in_alone() -> None:
     assert made.in_flight == 1
 
 
+def test_while_an_engine_starts_its_requests_may_wait_for_it() -> None:
+    starting, ready = replica(state=ReplicaState.STARTING, slots=2), replica(slots=2)
+    made = admission(starting, cold_start_seconds=60, overload=1)
+    queued(made, "a", "b")
+    assert refused(made, model="another").code == "no_ready_engine"
+    assert refused(made, excluded=frozenset({"e0"})).code == "no_ready_engine"
+    assert (made.stranded(), made.expired(59.9)) == ([], [])
+    assert names(made.update(fleet(ready), 59.9)) == ["a", "b"]
+    made = admission(starting, cold_start_seconds=60)
+    queued(made, "a")
+    assert made.expired(60.0) == ["a"]
+    queued(made, "b", now=60.0)
+    made.update(fleet(replica(state=ReplicaState.FAILED)), 61.0)
+    assert made.stranded() == ["b"]
+    assert refused(admission(starting)).code == "no_ready_engine"
+
+
 def test_gateways_share_the_caps_and_none_is_left_without() -> None:
     made = admission(replica("e0", 9, kv=1000, prefill=100), replica("e1", 1), share=0.25)
     assert [(seat.slots, seat.kv_limit, seat.prefill_limit) for seat in made.seats()][0] == (2, 250, 25)
