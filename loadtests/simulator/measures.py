@@ -1,5 +1,6 @@
 """vLLM's Prometheus metrics, as plain numbers until somebody asks for the page."""
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterable
 
@@ -54,11 +55,12 @@ class Measures:
         self.step_tokens = Histogram(_STEP_TOKENS)
         self.finished = dict.fromkeys(FINISHED_REASONS, 0)
         self.rejected = 0
+        self.started = time.time()
 
     def page(self, options: Options, schedule: Schedule) -> bytes:
         """The answer of GET /metrics."""
         labels = f'engine="0",model_name="{options.models[0]}"'
-        lines: list[str] = []
+        lines = ["# TYPE process_start_time_seconds gauge", f"process_start_time_seconds {self.started}"]
 
         def add(kind: str, name: str, text: str, values: Iterable[tuple[str, float]]) -> None:
             full = f"vllm:{name}"

@@ -338,7 +338,7 @@ class EngineProber:
 
     async def answers(self, model: str, deadline: float) -> Answer:
         result = await probe.answers(self.address, model, deadline)
-        return Answer(result.reason, refused=result.refused, busy=result.busy)
+        return Answer(result.reason, refused=result.refused, busy=result.busy, gone=result.gone)
 
     async def look(self, deadline: float) -> Sight:
         seen = await probe.progress(self.address, deadline)
@@ -349,6 +349,8 @@ class EngineProber:
             seen.refused,
             seen.reason,
             kv_tokens=seen.kv_cache_tokens or 0,
+            gone=seen.gone,
+            started=seen.started,
         )
 
 

@@ -18,7 +18,7 @@ events = st.one_of(
     st.just(lc.Hasten()),
     st.just(lc.Answered()),
     st.builds(lc.Observed, st.booleans(), st.booleans(), st.booleans()),
-    st.builds(lc.ProbeFailed, st.just("refused"), st.booleans(), st.booleans()),
+    st.builds(lc.ProbeFailed, st.just("refused"), st.booleans(), st.booleans(), st.booleans()),
     st.just(lc.Idle()),
     st.builds(lc.Exited, st.sampled_from([0, 1, -9, None]), st.just(""), st.floats(0, 0.999)),
     st.just(lc.Tick()),
@@ -145,10 +145,8 @@ def test_requests_are_only_sent_to_what_has_answered(story, policy):
     answered = 0
     for event, pause in story:
         edge.now += pause
-        starting = edge.life.state is State.STARTING
         edge.feed(event)
-        if starting and edge.life.state in (State.READY, State.BUSY):
-            assert isinstance(event, lc.Answered)
+        if isinstance(event, lc.Answered) and edge.life.state is State.READY:
             answered = edge.life.incarnation
         if edge.life.state in (State.READY, State.BUSY):
             assert answered == edge.life.incarnation
@@ -164,6 +162,20 @@ def test_progress_alone_never_brings_back_what_spoils_requests(story, policy):
         if edge.life.state in (State.READY, State.BUSY):
             assert not edge.life.spoils
             assert not was.spoils or isinstance(event, lc.Answered)
+
+
+@given(story, policies)
+def test_a_process_is_lost_once_and_only_one_that_is_not_ours(story, policy):
+    edge = Edge(policy)
+    for event, pause in story:
+        edge.now += pause
+        was = edge.life
+        edge.feed(event)
+        lost = edge.life.incarnation > was.incarnation and edge.life.state is State.SUSPECT
+        assert lost == (
+            isinstance(event, lc.ProbeFailed) and event.gone and was.met and was.state in lc.SERVING
+            and policy is EXTERNAL
+        )  # fmt: skip
 
 
 @given(story)

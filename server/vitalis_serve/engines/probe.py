@@ -33,28 +33,34 @@ _SERIES: Final[Mapping[str, str]] = {
 _NOT_ITS_FAULT: Final = frozenset(
     {errno.EAGAIN, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 )
+# asyncio's words where a name has several addresses (localhost: ::1 and 127.0.0.1) and none could be connected to.
+_REFUSED_BY_ONE: Final = f"[Errno {errno.ECONNREFUSED}]"
+NOBODY: Final = "nobody listens"
+_STARTED: Final = re.compile(rb"^process_start_time_seconds ([^\s]+)", re.MULTILINE)
 _SAMPLE: Final = re.compile(rb"^(vllm:[a-z_]+)(?:\{[^\n]*\})? ([^\s]+)", re.MULTILINE)
 
 
 class ProbeError(Exception):
     """What went wrong, in a few words. `refused`: it said no or nobody listens, rather than nothing in time. `busy`: it
-    said 503 to a real request."""
+    said 503 to a real request. `gone`: nobody listens."""
 
-    def __init__(self, reason: str, *, refused: bool = False, busy: bool = False) -> None:
+    def __init__(self, reason: str, *, refused: bool = False, busy: bool = False, gone: bool = False) -> None:
         super().__init__(reason)
         self.refused = refused
         self.busy = busy
+        self.gone = gone
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """`ready` only if the model generated a token. `reason` says what was wrong otherwise; `refused` and `busy` as in
-    ProbeError. `text` is the answer."""
+    """`ready` only if the model generated a token. `reason` says what was wrong otherwise; `refused`, `busy` and `gone`
+    as in ProbeError. `text` is the answer."""
 
     ready: bool
     reason: str = ""
     refused: bool = False
     busy: bool = False
+    gone: bool = False
     text: str = ""
     seconds: float = 0.0
 
@@ -69,11 +75,14 @@ class ModelsResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`healthy` is /health's word, which a frozen engine gives too: compare `counters` of two looks to tell."""
+    """`healthy` is /health's word, which a frozen engine gives too: compare `counters` of two looks to tell. `refused`
+    and `gone` as in ProbeError. `started`: when its process was, in Unix seconds; 0 where it does not say."""
 
     healthy: bool
     reason: str = ""
     refused: bool = False
+    gone: bool = False
+    started: float = 0.0
     running: int = 0
     waiting: int = 0
     iterations: float = 0.0
@@ -99,7 +108,7 @@ async def answers(address: str, model: str, deadline: float) -> ProbeResult:
             raise ProbeError(f"answered {status}: {_message(answer)}", refused=True, busy=status == 503)
         text = _completion(answer)
     except ProbeError as error:
-        return ProbeResult(False, str(error), error.refused, error.busy, seconds=loop.time() - began)
+        return ProbeResult(False, str(error), error.refused, error.busy, error.gone, seconds=loop.time() - began)
     return ProbeResult(True, text=text, seconds=loop.time() - began)
 
 
@@ -115,7 +124,7 @@ async def progress(address: str, deadline: float | None = None) -> Progress:
         if status != 200:
             raise ProbeError(f"/metrics answered {status}", refused=True)
     except ProbeError as error:
-        return Progress(False, str(error), error.refused)
+        return Progress(False, str(error), error.refused, error.gone)
     return parse_metrics(text)
 
 
@@ -140,14 +149,12 @@ def parse_metrics(text: bytes) -> Progress:
     for name, number in _SAMPLE.findall(text):
         key = _SERIES.get(name.decode())
         if key:
-            try:
-                value = float(number)
-            except ValueError:
-                continue
-            sums[key] += value if math.isfinite(value) else 0.0
+            sums[key] += _number(number)
+    started = _STARTED.search(text)
     tokens = re.search(rb'kv_cache_size_tokens="(\d{1,18})"', text)
     return Progress(
         healthy=True,
+        started=_number(started[1]) if started else 0.0,
         running=int(sums["running"]),
         waiting=int(sums["waiting"]),
         iterations=sums["iterations"],
@@ -156,6 +163,14 @@ def parse_metrics(text: bytes) -> Progress:
         kv_cache_usage=sums["kv_cache_usage"],
         kv_cache_tokens=int(tokens[1]) if tokens else None,
     )
+
+
+def _number(text: bytes) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
 
 
 async def request(address: str, method: str, path: str, deadline: float, body: bytes = b"") -> tuple[int, bytes]:
@@ -175,12 +190,14 @@ async def request(address: str, method: str, path: str, deadline: float, body: b
     except TimeoutError:
         raise ProbeError("no answer in time") from None
     except (ConnectionRefusedError, FileNotFoundError):
-        raise ProbeError("nobody listens", refused=True) from None
+        raise ProbeError(NOBODY, refused=True, gone=True) from None
     except asyncio.IncompleteReadError:
         raise ProbeError("the connection closed inside the answer", refused=True) from None
     except asyncio.LimitOverrunError:
         raise ProbeError("the answer is not HTTP", refused=True) from None
     except (OSError, ValueError) as error:
+        if _REFUSED_BY_ONE in str(error):
+            raise ProbeError(NOBODY, refused=True, gone=True) from None
         refused = getattr(error, "errno", None) not in _NOT_ITS_FAULT
         raise ProbeError(f"{type(error).__name__}: {error}", refused=refused) from None
     finally:

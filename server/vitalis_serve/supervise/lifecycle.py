@@ -100,11 +100,12 @@ class Observed:
 @dataclass(frozen=True, slots=True)
 class ProbeFailed:
     """`refused`: the engine said no (connection refused, 503), rather than nothing in time. `spoilt`: it was a real
-    request that it said no to."""
+    request that it said no to. `gone`: the process that was there is not any more (nobody listens, or another does)."""
 
     reason: str
     refused: bool = False
     spoilt: bool = False
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,8 @@ class Life:
     """`deadline` is the one instant at which the next Tick matters: end of starting, of back-off, of a drain
     or of a termination. `proof_at`: when it was last seen well (idle and healthy, or moving). `spoils`: it said no to a
     real request, and only a right answer takes that back: a vLLM that drains finishes what runs, is healthy, and
-    answers 500 to all that is new. `models`: what it said last that it serves, where it is asked; kept while it is
-    away."""
+    answers 500 to all that is new. `met`: this incarnation has answered. `models`: what it said last that it serves,
+    where it is asked; kept while it is away."""
 
     state: State = State.PLANNED
     incarnation: int = 0
@@ -173,6 +174,7 @@ class Life:
     ending: Ending = ""
     detail: str = ""
     spoils: bool = False
+    met: bool = False
     models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -218,13 +220,14 @@ def _start(life: Life, now: float, policy: Policy) -> Step:
         life,
         State.STARTING,
         # An engine that is not ours is only asked again: what was known about it holds.
-        incarnation=life.incarnation + 1 if policy.owned else 1,
+        incarnation=life.incarnation + 1 if policy.owned else max(life.incarnation, 1),
         deadline=now + policy.start_seconds if policy.owned else None,
         ready_at=None,
         proof_at=now,
         ending="",
         detail="",
         spoils=False,
+        met=life.met and not policy.owned,
     )
     return starting, (Spawn(),) if policy.owned else ()
 
@@ -332,7 +335,7 @@ def _seen(life: Life, event: Event, now: float, policy: Policy) -> Step:
         return life, ()
     match event:
         case Answered(models):
-            return _well(replace(life, models=models or life.models, spoils=False), State.READY, now), ()
+            return _well(replace(life, models=models or life.models, spoils=False, met=True), State.READY, now), ()
         case Observed(working, moved, full, models) if life.state in SERVING:
             life = replace(life, models=models or life.models)
             if moved and life.spoils:
@@ -342,6 +345,8 @@ def _seen(life: Life, event: Event, now: float, policy: Policy) -> Step:
             if moved or (not working and life.state not in AWAY):
                 return _well(life, State.BUSY if full else State.READY, now), ()
             return _overdue(life, now, policy)
+        case ProbeFailed(reason, gone=True) if life.state in SERVING and life.met and not policy.owned:
+            return _lost(life, reason), ()
         case ProbeFailed(reason, refused, spoilt) if life.state in SERVING:
             if refused and life.state not in AWAY:
                 return _to(life, State.SUSPECT, detail=reason, spoils=spoilt), ()
@@ -360,6 +365,13 @@ def _well(life: Life, state: State, now: float) -> Life:
     if life.state is state:
         return replace(life, proof_at=now)
     return _to(life, state, proof_at=now, detail="")
+
+
+def _lost(life: Life, reason: str) -> Life:
+    """The process of an engine that is not ours has ended, and nobody here asked for it. What answers there next is
+    another one, and said to be so from now on, while its requests are still remembered; it has to answer first."""
+    life = replace(life, incarnation=life.incarnation + 1, met=False, spoils=True, detail=reason)
+    return life if life.state is State.SUSPECT else _to(life, State.SUSPECT)
 
 
 def _works_off(life: Life, now: float) -> Life:

@@ -40,7 +40,8 @@ class Sight:
     compared.
 
     refused: it said no (or nobody listens), rather than nothing in time. kv_tokens: what its KV cache holds, 0 where
-    it does not say. requests: running and waiting ones.
+    it does not say. requests: running and waiting ones. gone: nobody listens. started: when its process was, in Unix
+    seconds, 0 where it does not say.
     """
 
     healthy: bool
@@ -49,16 +50,19 @@ class Sight:
     refused: bool = False
     reason: str = ""
     kv_tokens: int = 0
+    gone: bool = False
+    started: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Of a real request. `wrong`: what was wrong with it, "" for a right one. `refused`: the engine said so, rather
-    than nothing in time; `busy`: by 503, which an engine with a full queue says too."""
+    than nothing in time; `busy`: by 503, which an engine with a full queue says too; `gone`: nobody listens."""
 
     wrong: str = ""
     refused: bool = False
     busy: bool = False
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,7 @@ class ReplicaTask:
         self.started_at: float | None = None
         self.engine_pid: int | None = None
         self._kv_tokens = 0  # as the engine says, once it was looked at
+        self._process_started = 0.0  # so too; the latest, should several answer at one address
         self._mark = f"{tree}:{spec.name}"
         self._run_folder = run_folder
         self._publish = publish
@@ -404,7 +409,9 @@ class ReplicaTask:
         if not sight.healthy:
             if moved and not sight.refused:
                 return lifecycle.Observed(working=True, moved=True, full=full), marks
-            return lifecycle.ProbeFailed(sight.reason, sight.refused), marks
+            return lifecycle.ProbeFailed(sight.reason, sight.refused, gone=sight.gone), marks
+        if self._replaced(sight):
+            return lifecycle.ProbeFailed("another process answers there now", refused=True, gone=True), marks
         if sight.kv_tokens != self._kv_tokens:
             self._kv_tokens = sight.kv_tokens
             self._publish()
@@ -422,6 +429,12 @@ class ReplicaTask:
             return await self._question(life, observed, said.models, sight, deadline), marks
         return observed, marks
 
+    def _replaced(self, sight: Sight) -> bool:
+        """One that is not ours died, and came back between two looks."""
+        before, self._process_started = self._process_started, max(self._process_started, sight.started)
+        known = before > 0 and self.life.met and not self.spec.policy.owned
+        return known and sight.started > before
+
     async def _question(
         self, life: Life, observed: lifecycle.Observed, models: tuple[str, ...], sight: Sight, deadline: float
     ) -> Event:
@@ -434,7 +447,11 @@ class ReplicaTask:
         answer = await self.spec.prober.answers(models[0], deadline)
         if not answer.wrong:
             return lifecycle.Answered(models) if away else replace(observed, moved=True)
+        if answer.gone:
+            return lifecycle.ProbeFailed(answer.wrong, refused=True, gone=True)
         then = await self.spec.prober.look(deadline + AFTERWARDS_SECONDS)
+        if then.gone:
+            return lifecycle.ProbeFailed(then.reason, refused=True, gone=True)
         busy = answer.busy and max(sight.requests, then.requests) > 0
         if answer.refused and not busy and not (life.spoils and observed.moved):
             return lifecycle.ProbeFailed(answer.wrong, refused=True, spoilt=True)

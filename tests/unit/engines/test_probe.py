@@ -202,6 +202,46 @@ def test_garbage_metrics_are_zeros(text):
     assert parse_metrics(text) == Progress(healthy=True)
 
 
+def test_a_process_says_when_it_was_started():
+    said = b"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds 1.76387123412e+09\n" + METRICS
+    assert parse_metrics(said).started == 1763871234.12
+    assert parse_metrics(b"process_start_time_seconds soon\n").started == 0
+    assert parse_metrics(METRICS).started == 0
+
+
+class TwoAddresses(asyncio.SelectorEventLoop):
+    """Where a name has two, as localhost mostly has."""
+
+    async def getaddrinfo(self, host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{n}", port)) for n in (1, 2)]
+
+
+def test_gone_is_where_nobody_listens_and_nothing_else(tmp_path):
+    def look(address, loop=asyncio.SelectorEventLoop):
+        async def run():
+            deadline = asyncio.get_running_loop().time() + 5
+            return [await progress(address, deadline), await answers(address, "m", deadline)]
+
+        with asyncio.Runner(loop_factory=loop) as runner:
+            return [(seen.gone, seen.refused, seen.reason) for seen in runner.run(run())]
+
+    nobody = [(True, True, "nobody listens")] * 2
+    path = tmp_path / "left"
+    assert look(f"unix:{path}") == nobody
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    assert look(f"unix:{path}") == nobody, "a file that is left behind"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        assert look(f"http://127.0.0.1:{port}") == nobody
+        assert look(f"http://some-name:{port}", TwoAddresses) == nobody
+    for answer in (b"", b"HTTP/1.1 abc\r\n\r\n", reply(503, b"")):
+        for what in (answers, progress):
+            said = ask(tmp_path, answer, what)[0]
+            assert (said.gone, said.refused) == (False, True)
+
+
 def test_unhealthy_is_a_refusal(tmp_path):
     looked, _ = ask(tmp_path, reply(503, b""), progress)
     assert looked == Progress(False, "/health answered 503", refused=True)

@@ -183,6 +183,47 @@ def test_an_external_engine_keeps_its_incarnation_and_its_models_over_a_drain():
     assert (life.state, life.incarnation, life.restarts, life.models) == (State.STARTING, 1, 0, ("a", "b"))
 
 
+GONE = lc.ProbeFailed("nobody listens", refused=True, gone=True)
+
+
+def test_an_external_engine_that_went_is_another_one_once():
+    policy = lc.Policy(hung_seconds=8, owned=False)
+    life, _ = after(lc.Start(), GONE, GONE, policy=policy)
+    assert (life.state, life.incarnation) == (State.STARTING, 1), "nothing was there yet"
+    for incarnation in (2, 3):
+        life, _ = after(lc.Answered(), GONE, life=life, policy=policy)
+        assert (life.state, life.incarnation, life.detail) == (State.SUSPECT, incarnation, "nobody listens")
+        life, actions = after((GONE, 50.0), (lc.ProbeFailed("in time"), 51.0), (GONE, 52.0), life=life, policy=policy)
+        assert (life.incarnation, life.restarts, actions) == (incarnation, incarnation - 1, ())
+
+
+def test_what_comes_after_an_external_engine_that_went_has_to_answer():
+    policy = lc.Policy(hung_seconds=8, owned=False)
+    moves = lc.Observed(working=True, moved=True)
+    life, _ = after(lc.Start(), lc.Answered(), GONE, moves, policy=policy)
+    assert life.state is State.SUSPECT
+    assert after(lc.Answered(), life=life, policy=policy)[0].state is State.READY
+
+
+def test_an_external_engine_that_hung_and_then_went_is_suspect():
+    policy = lc.Policy(hung_seconds=8, owned=False)
+    life, _ = after(lc.Start(), lc.Answered(), (lc.ProbeFailed("silent"), 100.0), policy=policy)
+    assert (life.state, life.incarnation) == (State.HUNG, 1)
+    life, _ = after((GONE, 101.0), life=life, policy=policy)
+    assert (life.state, life.incarnation) == (State.SUSPECT, 2)
+
+
+def test_an_external_engine_that_went_keeps_its_count_over_a_drain():
+    policy = lc.Policy(owned=False)
+    life, _ = after(lc.Start(), lc.Answered(), GONE, lc.Answered(), lc.Stop(0), lc.Start(), policy=policy)
+    assert (life.state, life.incarnation) == (State.STARTING, 2)
+
+
+def test_our_own_that_does_not_listen_is_the_same_until_it_exits():
+    life, _ = after(GONE, GONE, life=ready())
+    assert (life.state, life.incarnation) == (State.SUSPECT, 1)
+
+
 def test_models_are_what_was_said_last():
     life, _ = after(lc.Start(), lc.Answered(("a",)))
     life, _ = after(lc.Observed(working=False, moved=False), lc.ProbeFailed("no", refused=True), life=life)
