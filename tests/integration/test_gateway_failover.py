@@ -133,6 +133,7 @@ def calm(_calm: Stage) -> Iterator[Stage]:
 def fresh(stage: Stage, *engines: Simulator) -> int:
     """Ready replicas to which no connection lies idle. Returns their incarnation."""
     incarnation = time.monotonic_ns() // 1_000_000
+    stage.fleet()  # those before did not crash
     stage.fleet(*((engine.address, ReplicaState.READY, incarnation) for engine in engines))
     return incarnation
 
@@ -424,6 +425,26 @@ def test_a_request_that_was_running_when_two_engines_died_is_refused(
     assert "2 engines crashed" in answer.json["error"]["message"]
     for other, streamed in CASES:
         gateway.check_answer(other, harmony.ask(other, stream=streamed), stream=streamed)
+
+
+def test_a_process_that_is_another_one_all_at_once_has_crashed_and_one_that_drained_has_not(
+    stage: Stage, bad: Simulator, good: Simulator
+) -> None:
+    """Of an engine given by address the first is all that is ever heard."""
+    ready, away, drains = ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.DRAINING
+    for user, between, status in (("ordered", drains, 200), ("crashed", None, 400), ("gone", away, 400)):
+        for _ in range(2):
+            at = fresh(stage, bad)
+            bad.misbehave("reset", requests=1)
+            assert stage.ask(user=user).status == 502
+            if between is drains:
+                stage.fleet((bad.address, drains, at))
+            elif between is away:
+                stage.fleet((bad.address, away, at))
+                stage.fleet((bad.address, away, at + 1))
+            stage.fleet((bad.address, ready, at + 1))
+        assert stage.ask(user=user).status == status
+        gateway.check_answer("chat", stage.ask(), stream=False)
 
 
 def test_who_waits_at_a_replica_that_is_found_hung_is_answered_by_another(

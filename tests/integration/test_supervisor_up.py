@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from vitalis_serve.supervise import folders, orphans
 
+from tests.support import simulator
 from tests.support.installation import COMMAND, ENVIRONMENT, ROOT, Installation
 
 
@@ -217,16 +218,24 @@ class Client:
     def models(self) -> list[str]:
         return [model["id"] for model in self.ask("GET", "/v1/models")[1]["data"]]
 
-    def chat(self, model: str) -> tuple[int, str]:
+    def chat(self, model: str, text: str = "What now?") -> tuple[int, str]:
         """The status, and the error's code where it is one."""
-        messages = [{"role": "user", "content": "What now?"}]
+        messages = [{"role": "user", "content": text}]
         status, answer = self.ask("POST", "/v1/chat/completions", {"model": model, "messages": messages})
         return status, answer["error"]["code"] if "error" in answer else ""
 
 
-def engine_child(ours: Installation) -> dict[str, Any]:
+def engines_of(ours: Installation) -> list[dict[str, Any]]:
     children = json.loads(ours.ask("fleet", "status", "--json").stdout)["children"]
-    return next(child for child in children if child["kind"] == "engine")
+    return [child for child in children if child["kind"] == "engine"]
+
+
+def engine_child(ours: Installation) -> dict[str, Any]:
+    return engines_of(ours)[0]
+
+
+def all_are(ours: Installation, state: str) -> bool:
+    return {engine["state"] for engine in engines_of(ours)} == {state}
 
 
 def test_gateway_offers_the_models_that_the_engine_lists(ours, given):
@@ -332,6 +341,36 @@ def test_a_drained_engine_that_is_away_comes_back_once_it_answers(ours, given):
     given.start("there")
     client = Client(ours)
     ours.until(lambda: client.chat("there") == (200, ""))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_request_that_kills_given_engines_is_stopped_at_the_second(ours, tmp_path, count):
+    """Two deaths by it, of one engine or of two, which somebody starts anew each time; and never a third."""
+    paths = [tmp_path / f"{number}.sock" for number in range(count)]
+    engines = [simulator.start("--served-model-name", "tiny", uds=path) for path in paths]
+    words = [word for path in paths for word in ("--engine", f"unix:{path}")]
+    try:
+        ours.start("gateway", *words, "--model", "tiny")
+        client = Client(ours)
+        ours.until(lambda: all_are(ours, "ready"))
+        for deaths in range(1, 3, count):
+            for engine in engines:
+                engine.misbehave("crash", after_requests=engine.state()["requests_seen"] + 1)
+            assert client.chat("tiny") == (502, "engine_unreachable")
+            for engine in engines:
+                engine.process.wait(10)
+                engine.stop()
+            ours.until(lambda: all_are(ours, "suspect"))
+            engines = [simulator.start("--served-model-name", "tiny", uds=path) for path in paths]
+            ours.until(lambda: all_are(ours, "ready"))
+            assert [engine["restarts"] for engine in engines_of(ours)] == [deaths] * count
+        assert client.chat("tiny") == (400, "invalid_request")
+        for _ in range(3):
+            assert client.chat("tiny", "And now?") == (200, "")
+        assert [engine.process.poll() for engine in engines] == [None] * count
+    finally:
+        for engine in engines:
+            engine.stop()
 
 
 def test_engine_runs_one_without_a_gateway(ours):

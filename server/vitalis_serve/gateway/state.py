@@ -260,7 +260,8 @@ class WorkerState:
 
 def _crashed(before: Replica, now: Replica) -> bool:
     """Whether the process that was there before came to an end that nobody asked for."""
-    return before.state in SERVING and before.incarnation == now.incarnation and now.state in CRASHED
+    # One that is ended by order drains first, so that it does not serve any more when the next one is started.
+    return before.state in SERVING and (now.incarnation != before.incarnation or now.state in CRASHED)
 
 
 def _nobody(replica: str, incarnation: int, reason: str) -> None:
