@@ -234,6 +234,7 @@ class ReplicaTask:
             if life.state is ReplicaState.STARTING:
                 self.started_at = time.monotonic()
                 self._doubted = False
+                self._process_started = 0.0  # one that was drained may have been replaced meanwhile: that is no death
             if life.state is ReplicaState.FAILED:
                 self._show_last_lines()
         if (life.state, life.incarnation, life.detail, life.ending, life.models) != (

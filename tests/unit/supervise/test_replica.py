@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vitalis_serve.fleet import Replica
 from vitalis_serve.fleet import ReplicaState as State
 from vitalis_serve.supervise.attendant import Traffic
-from vitalis_serve.supervise.lifecycle import Policy, Start
+from vitalis_serve.supervise.lifecycle import Policy, Start, Stop
 from vitalis_serve.supervise.output import Output
 from vitalis_serve.supervise.replica import Answer, Listing, ReplicaSpec, ReplicaTask, Sight
 
@@ -36,7 +36,8 @@ class Given:
 
 
 def test_a_process_that_was_started_later_is_another_one(tmp_path):
-    """It came back between two looks. Where several answer at one address none is taken for new twice."""
+    """It came back between two looks. Where several answer at one address none is taken for new twice, and one that was
+    replaced while it was drained did not die."""
     engine = Given(1000.0)
 
     async def run() -> None:
@@ -65,6 +66,12 @@ def test_a_process_that_was_started_later_is_another_one(tmp_path):
             for engine.started in (1000.0, 3000.0):
                 await engine.looked_at()
         assert (task.life.state, task.life.incarnation) == (State.READY, 3)
+        task.post(Stop())
+        assert await task.until(lambda life: life.state is State.STOPPED, deadline)
+        engine.started = 4000.0
+        task.post(Start())
+        assert await task.until(lambda life: life.state is State.READY, deadline)
+        await engine.looked_at()
         running.cancel()
         await asyncio.wait({running})
 
@@ -72,5 +79,6 @@ def test_a_process_that_was_started_later_is_another_one(tmp_path):
     asyncio.run(run())
     seen = [(replica.state, replica.incarnation) for replica in shown]
     ready, suspect = State.READY, State.SUSPECT
-    assert seen == [(State.STARTING, 1), (ready, 1), (suspect, 2), (ready, 2), (suspect, 3), (ready, 3)]
+    assert seen[:6] == [(State.STARTING, 1), (ready, 1), (suspect, 2), (ready, 2), (suspect, 3), (ready, 3)]
+    assert seen[6:] == [(State.STOPPED, 3), (State.STARTING, 3), (ready, 3)]
     assert shown[2].detail == "another process answers there now"
