@@ -30,7 +30,7 @@ WORKER_METRICS: Final = (
     Metric("vitalis_open_contexts", "gauge", "Request contexts not yet released; 0 when idle, or something leaks."),
     Metric("vitalis_client_connections", "gauge", "Open client connections."),
     Metric("vitalis_upstream_connections", "gauge", "Engine connections by replica and state.", ("replica", "state")),
-    Metric("vitalis_replica_in_flight", "gauge", "Requests of this worker at each replica.", ("replica",)),
+    Metric("vitalis_replica_in_flight", "gauge", "Requests of all workers at each replica.", ("replica",)),
     Metric("vitalis_shed_total", "counter", "Requests refused for want of room, by reason.", ("reason",)),
     Metric("vitalis_retries_total", "counter", "Requests tried again on another connection or replica.", ("reason",)),
     Metric("vitalis_upstream_failures_total", "counter", "Engine failures by kind.", ("replica", "kind")),
@@ -61,7 +61,7 @@ WORKER_METRICS: Final = (
 # Said by control itself.
 CONTROL_METRICS: Final = (
     Metric("vitalis_replica_state", "gauge", "1 for the state each replica is in.", ("replica", "state")),
-    Metric("vitalis_replica_restarts_total", "counter", "Starts of each replica after its first.", ("replica",)),
+    Metric("vitalis_replica_restarts_total", "counter", "Processes of each replica after its first.", ("replica",)),
     Metric("vitalis_snapshot_version", "gauge", "Version of keys and routes in force, by worker.", ("worker",)),
     Metric("vitalis_workers", "gauge", "Workers connected to control."),
 )
