@@ -46,6 +46,14 @@ class Request:
     cached: int = 0
 
     @property
+    def demand(self) -> Demand:
+        return Demand(
+            waiter=self, model=MODEL, tenant=self.tenant, class_=self.class_,
+            prompt_tokens=self.prompt, output_tokens=self.estimate or self.output, affinity=self.affinity,
+            body_bytes=self.prompt * 4,
+        )  # fmt: skip
+
+    @property
     def ttft(self) -> float:
         return self.first - self.arrived
 
@@ -171,29 +179,25 @@ class World:
 
     def _enter(self, request: Request) -> None:
         admission = self._gateway[request]
-        estimate = request.estimate or request.output
-        demand = Demand(
-            waiter=request, model=MODEL, tenant=request.tenant, class_=request.class_,
-            prompt_tokens=request.prompt, output_tokens=estimate, affinity=request.affinity,
-            body_bytes=request.prompt * 4,
-        )  # fmt: skip
         try:
-            entered = admission.enter(demand, self.now, self.random.random())
+            entered = admission.enter(request.demand, self.now, self.random.random())
         except ServeError as error:
             self._refuse(request, error.code, error.retry_after or 1.0)
             return
         for waiter in entered.shed:
-            self._refuse(
-                waiter, "queue_full", self._gateway[waiter].retry_after(waiter.class_, self.now, self.random.random())
-            )
+            self._send_away(waiter, "queue_full")
         if entered.seat is not None:
             self._granted(request, entered.seat.replica.name)
         self._dispatch(entered.grants)
 
+    def _send_away(self, request: Request, code: str) -> None:
+        self._refuse(request, code, self._gateway[request].retry_after(request.demand, self.now, self.random.random()))
+
     def _refuse(self, request: Request, code: str, retry_after: float) -> None:
         if request.obeys and request.tries == 1:
             request.refused_first = True
-            self._at(self.now + retry_after, lambda: self._arrive(request))
+            whole = max(1, min(60, round(retry_after)))  # as the header says it
+            self._at(self.now + whole, lambda: self._arrive(request))
         else:
             request.refused = code
 
@@ -257,9 +261,7 @@ class World:
         for admission in self.admissions:
             self._dispatch(admission.tick(self.now))
             for request in admission.expired(self.now):
-                self._refuse(
-                    request, "queue_timeout", admission.retry_after(request.class_, self.now, self.random.random())
-                )
+                self._send_away(request, "queue_timeout")
         self._at(self.now + 0.05, self._sweep)
 
 

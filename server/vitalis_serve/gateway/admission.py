@@ -109,6 +109,11 @@ class _Holding(msgspec.Struct):
     since: float
 
 
+def _same(demand: Demand) -> tuple[str, int, int]:
+    """What a request has in common with itself when it comes again, and hardly with another."""
+    return demand.tenant, demand.affinity, demand.body_bytes
+
+
 class Admission:
     """`share`: this gateway's part of every cap, where several gateways serve one fleet. Not `is_open`: everyone
     waits until it is, for it is not known yet what is running."""
@@ -341,14 +346,15 @@ class Admission:
             self._take_out(waiting)
         return [waiting.demand.waiter for waiting in gone]
 
-    def retry_after(self, class_: str, now: float, jitter: float = 0.0) -> float:
-        """Seconds until the queue will have room for one more of this class; 1 to 60.
+    def retry_after(self, demand: Demand, now: float, jitter: float = 0.0) -> float:
+        """Seconds until the queue will have room for this one; 1 to 60.
 
         Everyone who is told to come back gets a turn of its own: turns follow each other at the measured rate,
-        behind those that wait, so that those who obey do not all meet again. `jitter` (0 to 1) adds up to 10 %."""
-        rank = CLASSES.index(class_)
+        behind those that wait, so that those who obey do not all meet again. Whoever comes at its turn is known
+        again, and an overload is more patient with it. `jitter` (0 to 1) adds up to 10 %."""
+        rank = CLASSES.index(demand.class_)
         ahead = sum(self._classes[name].count for name in CLASSES[: rank + 1])
-        return self._drain.turn(rank, ahead, now, jitter)
+        return self._drain.turn(rank, ahead, now, jitter, _same(demand))
 
     # -- inside
 
@@ -467,7 +473,7 @@ class Admission:
                 raise ServeError(
                     "queue_full",
                     "All slots are taken and the queue is full.",
-                    retry_after=self.retry_after(demand.class_, now, jitter),
+                    retry_after=self.retry_after(demand, now, jitter),
                 )
             self._take_out(victim)
             shed.append(victim.demand.waiter)
@@ -480,6 +486,7 @@ class Admission:
             deadline = min(deadline, demand.deadline)
         charge = cost(demand.prompt_tokens, demand.output_tokens)
         waiting = Waiting(demand, charge, now, deadline, self._arrivals, cold=cold)
+        waiting.returns = self._drain.is_due(_same(demand), now)
         self._waiting[demand.waiter] = waiting
         queue.add(waiting, now)
         if len(self._deadlines) > 64 + 4 * len(self._waiting):

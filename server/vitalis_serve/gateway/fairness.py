@@ -16,9 +16,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from vitalis_serve.gateway.seats import OUTPUT_WEIGHT, Demand, Seat
+
+PATIENCE_WITH_THE_RETURNING: Final = 3
 
 
 class Limits(Protocol):
@@ -37,7 +39,8 @@ class Limits(Protocol):
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A waiter in the queue. `passed`: how often it gave way to one who was at home on the replica; `bypassed`: how
-    often somebody behind it was granted because it did not fit. `cold`: it came while its engine was starting."""
+    often somebody behind it was granted because it did not fit. `cold`: it came while its engine was starting.
+    `returns`: it was told to come now."""
 
     demand: Demand
     cost: int
@@ -48,6 +51,7 @@ class Waiting:
     bypassed: int = 0
     blocked_since: float = 0.0
     cold: bool = False
+    returns: bool = False
     holds: Seat | None = None
 
 
@@ -204,7 +208,8 @@ class ClassQueue:
 
     def overdue(self, now: float) -> list[Waiting]:
         """Those who wait longer than is sensible in an overload that lasts: their answers would come too late
-        for anybody, and by waiting they would make everyone else's late too."""
+        for anybody, and by waiting they would make everyone else's late too. Who comes when it was told to may wait
+        some times as long, and so is hardly ever sent away again: its turn is paid for by those that come new."""
         patience = self.limits.overload_seconds
         if not patience or not self._by_arrival or now - self._standing_since < self.limits.standing_seconds:
             return []
@@ -212,7 +217,8 @@ class ClassQueue:
         for waiting in self._by_arrival.values():
             if now - waiting.arrived < patience:
                 break
-            if not waiting.cold:
+            longest = PATIENCE_WITH_THE_RETURNING * patience if waiting.returns else patience
+            if not waiting.cold and now - waiting.arrived >= longest:
                 late.append(waiting)
         return late
 

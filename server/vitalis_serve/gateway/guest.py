@@ -198,9 +198,9 @@ class GuestAdmission:
     def stranded(self) -> list[Any]:
         return []  # the owner tells
 
-    def retry_after(self, class_: str, now: float, jitter: float = 0.0) -> float:
+    def retry_after(self, demand: Demand, now: float, jitter: float = 0.0) -> float:
         """As the owner last said, for a request like it."""
-        return self._retry_after.get(class_, 1 + jitter)
+        return self._retry_after.get(demand.class_, 1 + jitter)
 
     # -- inside
 

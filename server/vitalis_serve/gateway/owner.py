@@ -77,7 +77,7 @@ class Distant:
         self._refuse("no_ready_engine", NO_ENGINE, 5)
 
     def _out(self, code: str, message: str) -> None:
-        self._refuse(code, message, self._owner.state.retry_after(self.demand.class_))
+        self._refuse(code, message, self._owner.state.retry_after(self.demand))
 
     def _refuse(self, code: str, message: str, retry_after: float) -> None:
         if self._guest.requests.pop(self.demand.waiter, None) is not None:

@@ -1,10 +1,15 @@
 """What an admission measures of its engines: how fast slots come back, how fast prompts are read. Pure."""
 
+from collections import deque
+from collections.abc import Hashable
 from typing import Final
 
 _SLOWEST: Final = 0.02  # slots per second; below it every answer would be 60 s anyway
 _FLOOR: Final = 4096.0  # tokens per second: below it a measurement is of something else than prefill
 SHARE_FOR_THE_RETURNING: Final = 0.35
+_EARLY: Final = 1.0  # clients are told whole seconds
+_LATE: Final = 10.0
+_NONE: Final[deque[float]] = deque(maxlen=0)
 
 
 class DrainRate:
@@ -16,6 +21,7 @@ class DrainRate:
         self._saturated = True  # all through the window just running
         self._rate = 0.0
         self._turns: dict[int, float] = {}
+        self._due: dict[Hashable, deque[float]] = {}  # who was told to come, and when; told last comes last
 
     def left(self, now: float, *, saturated: bool) -> None:
         """One slot came back. `saturated`: somebody waited for it. Otherwise the rate is only what was asked for,
@@ -42,17 +48,39 @@ class DrainRate:
         elapsed = max(now - self._since, 1.0) if self._since is not None else 1.0
         return max(self._rate, self._left / elapsed, _SLOWEST)
 
-    def turn(self, rank: int, ahead: int, now: float, jitter: float) -> float:
+    def turn(self, rank: int, ahead: int, now: float, jitter: float, whose: Hashable) -> float:
         """Seconds until this one's turn, 1 to 60. Turns of one class follow each other at a third of the drain rate:
-        the rest is for those who come for the first time, who will be there by then."""
+        the rest is for those who come for the first time, who will be there by then.
+
+        `whose`: it is known by this when it comes, and is then due (`is_due`)."""
         rate = self.rate(now)
         earliest = now + (ahead + 1) / rate
         turn = max(self._turns.get(rank, 0.0) + 1.0 / (SHARE_FOR_THE_RETURNING * rate), earliest)
         self._turns[rank] = min(turn, now + 60.0)
         seconds = (turn - now) * (1.0 + 0.1 * jitter)
         if seconds > 60.0:  # too many to give each a turn: at least not all in the same second
-            seconds = 60.0 - 15.0 * jitter
-        return max(1.0, seconds)
+            return 60.0 - 15.0 * jitter
+        seconds = max(1.0, seconds)
+        due = self._due.pop(whose, None) or deque()
+        while due and due[0] < now - _LATE:
+            due.popleft()
+        due.append(now + seconds)
+        self._due[whose] = due
+        while (first := next(iter(self._due))) != whose and self._due[first][-1] < now - _LATE:
+            del self._due[first]
+        return seconds
+
+    def is_due(self, whose: Hashable, now: float) -> bool:
+        """Whether it was told to come about now. Said once for each time it was told."""
+        due = self._due.get(whose, _NONE)
+        while due and due[0] < now - _LATE:
+            due.popleft()
+        comes = bool(due) and due[0] <= now + _EARLY
+        if comes:
+            due.popleft()
+        if not due:
+            self._due.pop(whose, None)
+        return comes
 
 
 class PrefillRate:

@@ -354,7 +354,7 @@ class Relay:
 
     def _shed(self, code: str, message: str) -> None:
         self._state.counters.shed[code] += 1
-        self._out_of_queue(ServeError(code, message, retry_after=self._state.retry_after(self._demand.class_)))
+        self._out_of_queue(ServeError(code, message, retry_after=self._state.retry_after(self._demand)))
 
     def _out_of_queue(self, error: ServeError) -> None:
         """It waited for nothing: another model, or the end."""
@@ -811,7 +811,7 @@ class Relay:
         state, now = self._state, self._state.now()
         error = ServeError(code, message)
         if error.status == 503:
-            error.retry_after = state.retry_after(self._demand.class_)
+            error.retry_after = state.retry_after(self._demand)
         relayed = self.phase == RELAYING
         if not may_retry(kind, self._tries, self._died_at, relayed, state.retry_budget, now):
             self._fail(error)

@@ -65,7 +65,7 @@ class WorkerState:
             self.breakers = self.admission.breakers
         else:
             self.admission = Admission(
-                _admission_options(options),
+                admission_options(options),
                 routing=chosen_by,
                 share=1 / options.gateways,
                 is_open=options.workers == 1,
@@ -191,8 +191,8 @@ class WorkerState:
         elif isinstance(message, Cleared):
             self.killers.cleared(message.digest)
 
-    def retry_after(self, class_: str) -> float:
-        return self.admission.retry_after(class_, self.now(), self.jitter())
+    def retry_after(self, demand: Demand) -> float:
+        return self.admission.retry_after(demand, self.now(), self.jitter())
 
     def dispatch(self, grants: Iterable[Grant]) -> None:
         """Grants are acted on in the next turn of the loop, so that nobody's release runs inside another's."""
@@ -268,7 +268,7 @@ def _nobody(replica: str, incarnation: int, reason: str) -> None:
     """Nobody supervises this worker."""
 
 
-def _admission_options(options: WorkerOptions) -> AdmissionOptions:
+def admission_options(options: WorkerOptions) -> AdmissionOptions:
     """Who talks to a person is answered in time or told when to come back; emergency and batch would rather wait."""
     limits = {
         name: ClassLimits(

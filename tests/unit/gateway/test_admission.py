@@ -561,8 +561,8 @@ def test_retry_after_follows_the_rate_at_which_slots_come_back() -> None:
     for step in range(40):  # ten a second
         (grant,) = made.leave(waiter, 1.0 + step / 10)
         waiter = grant.waiter
-    assert 1 <= made.retry_after("standard", 5.0) <= 3
-    assert made.retry_after("emergency", 5.0) == 1.0
+    assert 1 <= made.retry_after(ask("x"), 5.0) <= 3
+    assert made.retry_after(ask("x", class_="emergency"), 5.0) == 1.0
 
 
 def test_those_who_are_sent_away_get_turns_of_their_own() -> None:
@@ -573,11 +573,43 @@ def test_those_who_are_sent_away_get_turns_of_their_own() -> None:
     for step in range(40):
         (grant,) = made.leave(waiter, 1.0 + step / 10)
         waiter = grant.waiter
-    turns = [made.retry_after("standard", 5.0) for _ in range(400)]
+    turns = [made.retry_after(ask("x"), 5.0) for _ in range(400)]
     assert turns == sorted(turns)
     assert turns[20] - turns[10] == pytest.approx(10 / 3.5, rel=0.2)  # a third of ten a second
     assert max(turns) == 60.0
-    assert 45.0 <= made.retry_after("standard", 5.0, jitter=1.0) < 46.0
+    assert 45.0 <= made.retry_after(ask("x"), 5.0, jitter=1.0) < 46.0
+
+
+def _standing(**first: Any) -> tuple[Admission, float]:
+    """An overload that has lasted long enough, and what the first one sent away was told."""
+    made = admission(replica("e0", 1), queue=100, overload=1)
+    entered(made, 0)
+    for step in range(40):  # ten a second
+        queued(made, step + 1, now=step / 10)
+        made.leave(step, (step + 1) / 10)
+    queued(made, "returning", now=4.0, **first)
+    queued(made, "other", now=5.5)
+    assert made.expired(6.0) == ["returning"]
+    return made, 6.0 + made.retry_after(ask("returning", **first), 6.0)
+
+
+def test_who_comes_back_when_told_is_waited_for_longer() -> None:
+    made, turn = _standing(body_bytes=7)
+    made.withdraw("other")
+    queued(made, "kept", now=turn - 2.5)  # the queue stands again
+    queued(made, "returning", now=turn - 0.5, body_bytes=7)
+    queued(made, "new", now=turn - 0.5, body_bytes=8)
+    queued(made, "twice", now=turn - 0.4, body_bytes=7)  # one turn is for one
+    assert made.expired(turn + 1.0) == ["kept", "new", "twice"]
+    assert made.expired(turn + 2.4) == []
+    assert made.expired(turn + 2.5) == ["returning"]
+
+
+@pytest.mark.parametrize("too", [-1.5, 10.5], ids=["early", "late"])
+def test_who_comes_at_another_time_than_told_has_no_turn(too: float) -> None:
+    made, turn = _standing()
+    queued(made, "returning", now=turn + too)
+    assert "returning" in made.expired(turn + too + 2.0)
 
 
 def test_a_full_queue_costs_a_slots_return_next_to_nothing() -> None:
