@@ -38,6 +38,8 @@ EVENT = (
     b':0,"delta":{"content":" carrying"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
 )
 LAST = (
+    b'data: {"id":"chatcmpl-0","object":"chat.completion.chunk","created":1,"model":"gpt-oss-20b","choices":[{"index"'
+    b':0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}]}\n\n'
     b'data: {"id":"chatcmpl-0","object":"chat.completion.chunk","created":1,"model":"gpt-oss-20b","choices":[],"usage":'
     b'{"prompt_tokens":35,"total_tokens":135,"completion_tokens":100}}\n\ndata: [DONE]\n\n'
 )

@@ -85,7 +85,7 @@ ANSWERS = {
     b'"completion_tokens":5,"prompt_tokens_details":null}}',
     "responses": b'{"status":"completed","output":[{"usage":{"x":1}}],"usage":{"input_tokens":7,'
     b'"output_tokens":5,"total_tokens":12}}',
-    "messages": b'{"type":"message","content":[{"type":"text","text":"Hi"}],'
+    "messages": b'{"type":"message","content":[{"type":"text","text":"Hi"}],"stop_reason":"end_turn",'
     b'"usage":{"input_tokens":7,"output_tokens":5}}',
 }
 
@@ -258,6 +258,93 @@ def test_a_stream_that_ends_between_two_events_ends_with_an_error(
             assert gateway.terminal_error(api, answer.events)["message"]
         else:
             assert answer.status == 502
+
+
+# How vLLM ends what it gives up: how many events of the answer come before, and what then.
+GIVEN_UP = {
+    "chat": [
+        (3, [_chat('{"index":0,"delta":{},"finish_reason":"abort"}'), USAGE, b"data: [DONE]\n\n"]),
+        (5, [_chat('{"index":0,"delta":{"content":"x"},"finish_reason": "abort"}'), b"data: [DONE]\n\n"]),
+        (3, [USAGE, b"data: [DONE]\n\n"]),
+        (5, [b"data: [DONE]\n\n"]),
+    ],
+    "completions": [
+        (2, [COMPLETIONS[2].replace(b"length", b"abort"), USAGE, b"data: [DONE]\n\n"]),
+        (1, [b"data: [DONE]\n\n"]),
+    ],
+    "responses": [(3, [RESPONSES[3].replace(b'"status":"completed"', b'"status":"cancelled"')])],
+    "messages": [
+        (4, [MESSAGES[4].replace(b'"delta":{}', b'"delta":{"stop_reason":null,"stop_sequence":null}'), MESSAGES[5]])
+    ],
+}
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "close"])
+def test_a_stream_that_is_given_up_in_its_middle_cut_anywhere(
+    worker: WorkerProcess, engine: ScriptedEngine, framing: str
+) -> None:
+    """All that was said reaches the client, then an error, and nothing that looks like an end."""
+
+    @FAST
+    @given(
+        chunk_cuts=cuts,
+        read_cuts=cuts,
+        by_event=st.booleans(),
+        asked=st.booleans(),
+        case=st.sampled_from([(api, *case) for api, cases in GIVEN_UP.items() for case in cases]),
+    )
+    def cut(
+        chunk_cuts: list[float], read_cuts: list[float], by_event: bool, asked: bool, case: tuple[str, int, list[bytes]]
+    ) -> None:
+        api, count, rest = case
+        events = [*EVENTS[api][:count], *rest]
+        raw = framed(EVENT_STREAM, events if by_event else split(b"".join(events), chunk_cuts), framing)
+        request, _ = streamed(api, asked=asked)
+        engine.scripts = [[*split(raw, read_cuts), *(["close"] if framing == "close" else [])]]
+        answer = gateway.ask(worker, request)
+        gateway.settled(worker)
+        assert answer.status == 200
+        said = b"".join(events[:count]) + (USAGE if asked and rest[0] == USAGE else b"")
+        assert answer.body.startswith(said)
+        assert len(answer.events) == said.count(b"\n\n") + 1
+        error = gateway.terminal_error(api, answer.events)
+        assert error["message"] == "The engine gave the request up before it was finished."
+        record = gateway.record_of(worker, answer.head.headers["x-request-id"])
+        assert (record["outcome"], record["code"]) == ("cut", "engine_unreachable")
+
+    cut()
+
+
+def test_one_choice_of_two_that_is_not_finished_spoils_a_stream(worker: WorkerProcess, engine: ScriptedEngine) -> None:
+    """The other one is; its text has whatever it has."""
+    second = [event.replace(b'"index":0', b'"index":1') for event in CHAT[:6]]
+    request = gateway.request("chat", stream=True, n=2)
+    whole = [*(event for pair in zip(CHAT[:6], second, strict=True) for event in pair), *CHAT[6:]]
+    answer = ask(worker, engine, [framed(EVENT_STREAM, whole, "chunked")], request)
+    assert answer.body == b"".join(whole).replace(USAGE, b"")
+    for broken in (
+        [*CHAT[:6], *second[:5], *CHAT[6:]],
+        [*second[:5], second[5].replace(b"stop", b"abort"), *CHAT],
+        [*CHAT[:6], *second[:5], second[5].replace(b"stop", b"abort"), *CHAT[6:]],
+    ):
+        answer = ask(worker, engine, [framed(EVENT_STREAM, broken, "chunked")], request)
+        assert gateway.terminal_error("chat", answer.events)["code"] == "engine_unreachable"
+        assert not gateway.looks_whole("chat", answer.events)
+        assert b'"abort"' not in answer.body
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_plain_answer_that_is_given_up_is_none(worker: WorkerProcess, engine: ScriptedEngine, api: str) -> None:
+    """Though it has tokens; what a client sent in may look as it likes."""
+    body = ANSWERS[api].replace(b'"finish_reason":"stop"', b'"finish_reason":"abort"')
+    if api == "completions":
+        body = body.replace(b'"text"', b'"finish_reason":"abort","text"')
+    body = body.replace(b'"status":"completed"', b'"status":"cancelled"').replace(b'"stop_reason":"end_turn",', b"")
+    assert body != ANSWERS[api]
+    answer = ask(worker, engine, [http_answer(body)], gateway.request(api))
+    assert answer.status == 502
+    body = ANSWERS["responses"].replace(b'"output"', b'"metadata":{"status":"cancelled"},"output"')
+    assert ask(worker, engine, [http_answer(body)], gateway.request("responses")).body == body
 
 
 @pytest.mark.parametrize("chunked", [False, True])

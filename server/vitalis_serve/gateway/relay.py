@@ -40,12 +40,14 @@ MAX_PREAMBLE_BYTES: Final = 16 << 20  # Responses repeats the whole request in i
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503})
 # What the engine is told: lower goes first there. vLLM without priority scheduling takes no notice of it.
 PRIORITIES: Final = {class_: 10 * rank for rank, class_ in enumerate(CLASSES)}
+_NONE_YET: Final = b"\0"
 _EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 
 
 class Relay:
     __slots__ = (
         "_attempt",
+        "_choices",
         "_chunked",
         "_connection",
         "_deadline",
@@ -82,6 +84,8 @@ class Relay:
         "_told",
         "_told_all",
         "_tries",
+        "_unfinished",
+        "_usual",
         "api",
         "body_bytes",
         "bytes_out",
@@ -163,6 +167,9 @@ class Relay:
         self._chunked = False
         self._sent_at = 0.0  # when an engine got it; 0 while none has work of it
         self._answers = 1
+        self._choices = False  # an event stream of chat's or completions'
+        self._unfinished = 1  # of these choices
+        self._usual = _NONE_YET  # how a chunk of them ends that leaves its choice open
         self._events = 0  # of a stream, from the first that bore a token
         self._thought = False  # that one bore reasoning
         self._told: Usage | None = None  # by the engine, perhaps of an answer still under way
@@ -197,7 +204,7 @@ class Relay:
         )
         self.route, self._fallbacks = intake.route, intake.fallbacks
         self.stream, self._hide_usage = intake.body.stream, intake.body.hide_usage
-        self._answers = intake.answers
+        self._answers, self._unfinished = intake.answers, intake.sequences
         state.retry_budget.came(now)
         self._ask_for(intake.model, now)
         self._enter(now)
@@ -440,7 +447,7 @@ class Relay:
         """Body bytes of one read. `raw`: the read itself where it is whole chunks of whole events."""
         if self.phase == RELAYING:
             self._fresh = True
-            if raw is not None and self.passing and not self._tail and not events.notable(raw):
+            if raw is not None and self.passing and not self._tail and not self._is_notable(payload):
                 self._events += payload.count(b"\n\n")
                 self._pass(raw)
             elif self.stream:
@@ -470,11 +477,25 @@ class Relay:
     def on_engine_chunk(self, raw: bytes, start: int) -> None:
         """One whole chunk of whole events, while `passing`; its payload begins at `start`."""
         self._fresh = True
-        if self._tail or events.notable(raw):
+        if self._tail or (
+            # one event that ends as those before it that left their choice open
+            not raw.endswith(self._usual) or raw.find(b"\n", start) != len(raw) - 4 or raw.rfind(b"|") >= 0
+            if self._choices
+            else events.notable(raw)
+        ):
             self._relay_events(raw[start:-2])
         else:
             self._events += 1  # vLLM sends each event as a chunk; what joins them is learned as tokens per event
             self._pass(raw)
+
+    def _is_notable(self, payload: bytes) -> bool:
+        if not self._choices:
+            return events.notable(payload)
+        return (
+            not events.all_go_on(payload, payload.count(b"\n\n"))
+            or payload.rfind(usage.USAGE) >= 0
+            or payload.rfind(b"|") >= 0
+        )
 
     def _pass(self, raw: bytes) -> None:
         self._last = raw
@@ -616,6 +637,7 @@ class Relay:
         if self.stream:
             framing += b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
             self.passing = self._chunked
+            self._choices = self.dialect in ("chat", "completions")
         self._write(self._head_lines(200, content_type, now) + framing + b"\r\n")
 
     def _head_lines(self, status: int, content_type: bytes, now: float) -> bytes:
@@ -656,14 +678,24 @@ class Relay:
         self._write_events(payload[:cut] if cut < len(payload) else payload)
 
     def _write_events(self, whole: bytes) -> None:
-        self._events += whole.count(b"\n\n")
+        count = whole.count(b"\n\n")
+        self._events += count
+        broken_at = -1
+        if not self._choices or not events.all_go_on(whole, count):
+            broken_at, self._unfinished = events.broken_off(whole, self.dialect, self._unfinished)
+        if self._choices and (ending := events.ending(whole)):
+            self._usual = ending + b"\r\n"
         if usage.USAGE in whole:
             self._told = usage.of_events(whole, self.dialect, self._told)
             self._told_all = self._told_all or usage.is_final(whole, self.dialect)
-            if self._hide_usage:
+            if self._hide_usage and broken_at < 0:
                 whole = events.without_usage_event(whole)
                 if not whole:
                     return
+        if broken_at >= 0:
+            whole = whole[:broken_at]
+            if self._hide_usage:
+                whole = events.without_usage_event(whole)
         error_at = events.find_error(whole, self.dialect)
         if error_at >= 0:
             self._relay_engine_error(whole, error_at)
@@ -677,6 +709,8 @@ class Relay:
             self._count_failure("harmony_content")
         self._last = whole
         self._write_body(whole)
+        if broken_at >= 0:
+            self._try_failed("aborted", "engine_unreachable", "The engine gave the request up before it was finished.")
 
     def _take_usage(self, body: bytes) -> None:
         """Of a plain answer, or the next part of one."""
