@@ -13,7 +13,16 @@ from simulator.calls import LEAKED
 from simulator.requests import Work
 from simulator.rules import Rule
 from simulator.schedule import Sequence
-from simulator.shapes import BODIES, ID_PREFIXES, WRITERS, Answer, Writer, error_body
+from simulator.shapes import (
+    BODIES,
+    ID_PREFIXES,
+    WRITERS,
+    Answer,
+    MessageWriter,
+    ResponseWriter,
+    Writer,
+    error_body,
+)
 
 if TYPE_CHECKING:
     from simulator.connection import Connection, Request
@@ -83,7 +92,7 @@ class Exchange:
         self.answer, self.sequence = answer, sequence
         if server.options.request_id_headers:
             self._headers = b"x-request-id: %b\r\n" % identity.encode("latin-1")
-        if self.rule is not None and self.rule.kind == "role_done":
+        if self.rule is not None and self.rule.kind == "role_done" and not (work.stream and self.rule.after_events):
             self._abandon(answer)
             return
         if work.stream:
@@ -216,8 +225,10 @@ class Exchange:
         if rule is not None and rule.kind in ("stream_error", "harmony"):
             self.refuse(500, error_body(500, rule.message, "InternalServerError"))
             return
+        if rule is not None and rule.kind == "abort":
+            self.answer.finish_reason = "abort"
         body = BODIES[self.answer.api](self.answer, False)
-        if rule is None or rule.kind in ("delay", "no_done", "leak", "leak_tool_name"):
+        if rule is None or rule.kind in ("delay", "no_done", "leak", "leak_tool_name", "abort"):
             self._end("finished", {"finished": now})
             self.connection.answer(self.request, 200, body, extra=self._headers)
         else:
@@ -301,6 +312,8 @@ class Exchange:
             self._depart(rule)
         elif rule.kind in ("stream_error", "harmony"):
             self._fail(rule.message)
+        elif rule.kind in ("role_done", "abort"):
+            self._give_up(rule)
         elif rule.kind in ("reset", "cut", "half_close"):
             if rule.point == "chunk":
                 self._pieces.append(chunk(event)[: len(half)])
@@ -313,6 +326,17 @@ class Exchange:
         else:
             return False
         return True
+
+    def _give_up(self, rule: Rule) -> None:
+        """The end of a stream in its middle, as a vLLM that is stopped ends it."""
+        assert self.writer is not None
+        says_so = rule.kind == "abort" or isinstance(self.writer, MessageWriter | ResponseWriter)
+        events = self.writer.aborted() if says_so else self.writer.abandoned()[-1:]
+        self._pieces.extend(chunk(event) for event in events)
+        self._pieces.append(_LAST_CHUNK)
+        self.flush()
+        self._end("error")
+        self.connection.done(self.request.keep_alive)
 
     def _fail(self, message: str) -> None:
         assert self.writer is not None

@@ -212,6 +212,8 @@ def message_body(answer: Answer, aborted: bool = False) -> bytes:
         content.append(calls.message_block(answer.call_id(), answer.call, answer.arguments()))
     elif not aborted and answer.layout.content:
         content.append({"type": "text", "text": answer.content()})
+    # an abort is no reason of this API, and what is null is left out
+    reason = {} if aborted or answer.finish_reason == "abort" else {"stop_reason": stop_reason(answer)}
     return encode(
         {
             "id": answer.id,
@@ -219,7 +221,7 @@ def message_body(answer: Answer, aborted: bool = False) -> bytes:
             "role": "assistant",
             "content": content,
             "model": answer.model,
-            "stop_reason": None if aborted else stop_reason(answer),
+            **reason,
             "usage": message_usage(answer),
         }
     )
@@ -376,6 +378,10 @@ class ChatWriter:
         """How a draining vLLM answers a new request."""
         return [*self.role(), DONE]
 
+    def aborted(self) -> list[bytes]:
+        """How vLLM ends what it gives up after its first token; without the usage that may follow the reason."""
+        return [*(self._choice(choice, {}, reason="abort") for choice in range(self.answer.count)), DONE]
+
 
 class CompletionWriter:
     """Events of a streamed text completion."""
@@ -423,6 +429,9 @@ class CompletionWriter:
 
     def abandoned(self) -> list[bytes]:
         return [DONE]
+
+    def aborted(self) -> list[bytes]:
+        return [*(head + self._ending(b'"abort"') for head in self._heads), DONE]
 
 
 def _named(kind: str, document: dict[str, Any]) -> bytes:
@@ -521,6 +530,11 @@ class MessageWriter:
 
     def abandoned(self) -> list[bytes]:
         return [*self._start(), _named("message_stop", {"type": "message_stop"})]
+
+    def aborted(self) -> list[bytes]:
+        """An abort is no reason of this API, so there is none."""
+        document = {"type": "message_delta", "delta": {"stop_reason": None}, "usage": message_usage(self.answer)}
+        return [_named("message_delta", document), _named("message_stop", {"type": "message_stop"})]
 
 
 class ResponseWriter:
@@ -643,6 +657,10 @@ class ResponseWriter:
         response = response_document(self.answer, "completed", empty=True)
         return [self._event("response.completed", response=response)]
 
+    def aborted(self) -> list[bytes]:
+        response = response_document(self.answer, "cancelled", empty=True)
+        return [self._event("response.completed", response=response)]
+
 
 def reasoning_item(answer: Answer, identity: str) -> dict[str, Any]:
     return {
@@ -727,7 +745,7 @@ def _response_usage(answer: Answer) -> dict[str, Any]:
 
 def response_body(answer: Answer, aborted: bool = False) -> bytes:
     """A whole response."""
-    status = "completed" if answer.finish_reason == "stop" else "incomplete"
+    status = {"stop": "completed", "abort": "cancelled"}.get(answer.finish_reason, "incomplete")
     return encode(response_document(answer, status, empty=aborted))
 
 

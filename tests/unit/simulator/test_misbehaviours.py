@@ -255,6 +255,25 @@ def test_a_role_and_then_the_end(engine: Simulator) -> None:
     assert (choice["finish_reason"], choice["message"]["content"]) == ("abort", "")
 
 
+@pytest.mark.parametrize(("kind", "reasons"), [("role_done", [None] * 3), ("abort", [None] * 3 + ["abort"])])
+def test_an_answer_that_is_given_up_in_its_middle(engine: Simulator, kind: str, reasons: list[str | None]) -> None:
+    engine.misbehave(kind, after_events=3)
+    events = client.ask(engine.address, ask()).events
+    assert [event.json["choices"][0]["finish_reason"] for event in events[:-1]] == reasons
+    assert events[-1].data == "[DONE]"
+
+
+def test_what_is_given_up_says_so_as_far_as_its_api_has_a_word(engine: Simulator) -> None:
+    engine.misbehave("abort", after_events=6)
+    assert client.ask(engine.address, ask(False)).json["choices"][0]["finish_reason"] == "abort"
+    assert client.ask(engine.address, ask(False, "/v1/responses")).json["status"] == "cancelled"
+    assert "stop_reason" not in client.ask(engine.address, ask(False, "/v1/messages")).json
+    *_, last = client.ask(engine.address, ask(path="/v1/responses")).events
+    assert (last.name, last.json["response"]["status"]) == ("response.completed", "cancelled")
+    *_, delta, stop = client.ask(engine.address, ask(path="/v1/messages")).events
+    assert (delta.json["delta"]["stop_reason"], stop.name) == (None, "message_stop")
+
+
 def test_no_done(engine: Simulator) -> None:
     engine.misbehave("no_done")
     events = client.ask(engine.address, ask()).events
