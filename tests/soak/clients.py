@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.soak.site import Site
 from tests.support import client, gateway
@@ -64,8 +65,11 @@ class Clients:
             self.outcomes[f"{manner} {outcome}"] += 1
 
     def _request(self, dice: random.Random, tokens: int, **more: bool) -> tuple[str, bytes]:
+        """Each is another one: equal ones that met two dead engines would be refused."""
         api = dice.choice(gateway.APIS)
-        salt = {"metadata": {"salt": str(dice.random())}} if api in ("chat", "responses") else {}
+        salt: dict[str, Any] = {"metadata": {"user_id" if api == "messages" else "salt": str(dice.random())}}
+        if api == "completions":
+            salt = {"user": str(dice.random())}
         auth = {"authorization": f"Bearer {dice.choice(self.site.keys)}"}
         return api, gateway.request(api, tokens=tokens, headers=auth, **more, **salt)
 
