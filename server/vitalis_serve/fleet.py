@@ -35,7 +35,8 @@ class Replica:
     address: "unix:/path/to.sock" or "http://host:port". models: the names this engine answers to, the first
     one being the base model; () while one that is asked for them has not said yet. slots: most requests the gateway
     keeps in flight there, over all workers.
-    incarnation: how often it was started; a change means that nothing known about the old process holds.
+    incarnation: how often it was started, or, of one given by address, 1 and how often its process went away; a change
+    means that nothing known about the old process holds, and one while it serves that the old one crashed.
     kv_tokens: how many tokens its KV cache holds, 0 where that is not known (and then not a limit).
     prefill_tokens: most prompt tokens without a first token yet, 0 to derive it from the measured prefill rate.
     """
