@@ -63,14 +63,27 @@ def test_without_admission_goodput_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("background", "burst", "arranged"),
-    [(0.3, 300, ONE), (0.5, 300, ONE), (0.7, 250, ONE), (0.5, 300, WORKERS), (0.5, 300, GATEWAYS)],
-)
-def test_clients_that_come_back_when_told_get_in(background: float, burst: int, arranged: dict[str, int]) -> None:
+    ("background", "burst", "replicas", "arranged"),
+    [
+        (0.3, 300, 1, ONE), (0.5, 300, 1, WORKERS), (0.5, 300, 1, GATEWAYS), (0.5, 300, 2, GATEWAYS),
+        (0.7, 250, 1, ONE), (0.7, 250, 1, WORKERS), (0.7, 250, 2, ONE),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", [4, 8])
+def test_clients_that_come_back_when_told_get_in(
+    background: float, burst: int, replicas: int, arranged: dict[str, int], seed: int
+) -> None:
     """A burst in five seconds on top of a background; as many as fit into the 60 s that may be said."""
-    refused, admitted = figures.retries(background, burst, **arranged)
+    refused, admitted = figures.retries(background, burst, replicas=replicas, seed=seed, **arranged)
     assert refused > 50
     assert admitted >= 0.95
+
+
+@pytest.mark.parametrize("seed", [4, 8])
+def test_who_comes_back_to_another_gateway_is_not_known_there(seed: int) -> None:
+    """With all that two gateways can carry on its way back, half of it to the one that has told it nothing."""
+    _, admitted = figures.retries(0.7, 250, **GATEWAYS, seed=seed)
+    assert admitted >= 0.85
 
 
 @pytest.mark.parametrize(("replicas", "arranged"), [(1, ONE), (2, ONE), (2, WORKERS), (2, GATEWAYS)])
