@@ -898,7 +898,7 @@ def test_a_question_that_no_worker_answers_is_refused_in_time(hasty: Control) ->
     (b'{"model":"chat","body":[]}', 400, "body: "),
     (b'{"model":"chat","api":"chats"}', 400, "api: "),
     (b'{"model":"chat","class":"urgent"}', 400, "there is no class 'urgent'"),
-    (b'{"prompt":"x"}', 400, "model: Field required"),
+    (b'{"prompt":"x"}', 400, "model: this field is missing"),
     (b'{"model":"chat","tenant":"nobody"}', 404, "there is no tenant 'nobody'"),
 ])  # fmt: skip
 def test_a_bad_question_gets_one_sentence(control: Control, asked: bytes, status: int, sentence: str) -> None:

@@ -28,7 +28,7 @@ LONG: dict[str, dict[str, Any]] = {
     "/v1/completions": {
         "model": MODEL, "prompt": "The capital of France is", "max_tokens": 3000, "ignore_eos": True,
     },
-    "/v1/responses": {"model": MODEL, "input": "Count to two hundred.", "temperature": 0, "ignore_eos": True},
+    "/v1/responses": {"model": MODEL, "input": "Count to two hundred.", "temperature": 0},
     "/v1/messages": {
         "model": MODEL, "messages": [{"role": "user", "content": "Count to two hundred."}], "max_tokens": 3000,
         "temperature": 0,

@@ -56,7 +56,7 @@ class Client:
             "user-agent": f"vitalis-serve/{__version__}",
         }
         # As official clients write JSON: where a request would go depends on its bytes (`/v1/explain`).
-        content = None if body is None else json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+        content = None if body is None else _encoded(body)
         try:
             connection.request(method, path, content, headers)
             answer = connection.getresponse()
@@ -66,6 +66,15 @@ class Client:
         finally:
             connection.close()
         return _decoded(answer.status, told)
+
+
+def _encoded(body: object) -> bytes:
+    """Written as the official clients do, since the home of a request goes by its bytes; half of a surrogate pair can
+    only be written escaped."""
+    try:
+        return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(body, separators=(",", ":")).encode()
 
 
 def _decoded(status: int, content: bytes) -> Any:
