@@ -642,17 +642,23 @@ WAYS: list[dict[str, Any]] = [
     {"kind": "garbage", "point": "head"},
     {"kind": "garbage", "point": "chunk"},
     {"kind": "wrong_length", "length": "short"},
+    {"kind": "wrong_length", "length": "long"},
     {"kind": "status", "status": 500},
     {"kind": "status", "status": 503},
     {"kind": "stream_error"},
     {"kind": "role_done"},
+    {"kind": "abort"},
+    {"kind": "stall", "seconds": 0.2},
 ]  # fmt: skip
 AT_ONCE = ("start", "head", "after_head")
+AFTER_EVENTS = ("stream_error", "role_done", "abort", "stall")  # though they have no point
+# After these an answer may be whole all the same.
+HARMLESS = ("stall", "wrong_length")
 MOMENTS = [
     (way, after)
     for way in WAYS
-    for after in (0, 1, 2, LATER, 20)
-    if not after or way.get("point", "start") not in AT_ONCE or way["kind"] == "stream_error"
+    for after in (0, 1, 2, LATER, 15)  # the shortest stream has 17
+    if not after or way.get("point", "start") not in AT_ONCE or way["kind"] in AFTER_EVENTS
 ]
 
 
@@ -666,7 +672,7 @@ def test_an_answer_is_right_or_properly_ended(
         bad.misbehave(requests=1, after_events=after, **way)
         answer = calm.ask(api, stream=stream)
         assert sum(bad.state()["hits"].values()) == struck + 1
-        if not stream or not after or gateway.looks_whole(api, answer.events):
+        if not stream or not after or way["kind"] in HARMLESS or gateway.looks_whole(api, answer.events):
             gateway.check_answer(api, answer, stream=stream)
             assert b'"error":{' not in answer.body
         else:
@@ -677,7 +683,10 @@ def test_an_answer_is_right_or_properly_ended(
             assert gateway.expected_text(api).startswith(gateway.stream_text(api, whole))
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way["kind"] not in ("status", "role_done")], ids=str)
+DEADLY = [way for way in WAYS if way["kind"] not in ("status", "role_done", "stall") and way.get("length") != "long"]
+
+
+@pytest.mark.parametrize("way", DEADLY, ids=str)
 def test_a_second_death_ends_it(calm: Stage, bad: Simulator, good: Simulator, way: dict[str, Any]) -> None:
     for api, stream in CASES:
         fresh(calm, bad, good)
@@ -687,6 +696,30 @@ def test_a_second_death_ends_it(calm: Stage, bad: Simulator, good: Simulator, wa
         assert (answer.status, answer.json["error"]["code"]) in {
             (502, "engine_unreachable"), (502, "engine_protocol"),
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [LATER, 12])
+def test_a_stream_that_stands_still_for_good_is_ended(calm: Stage, bad: Simulator, after: int) -> None:
+    for api in APIS:
+        fresh(calm, bad)
+        bad.misbehave("stall", requests=1, after_events=after)
+        answer = calm.ask(api, stream=True)
+        assert answer.status == 200
+        assert not gateway.looks_whole(api, answer.events)
+        assert (
+            gateway.terminal_error(api, answer.events)["message"] == "The engine stopped in the middle of the answer."
+        )
+        assert gateway.expected_text(api).startswith(gateway.stream_text(api, answer.events[:-1]))
+
+
+def test_a_replica_whose_port_is_closed_costs_nobody_an_answer(calm: Stage, bad: Simulator, good: Simulator) -> None:
+    for api, stream in CASES:
+        fresh(calm, bad, good)
+        bad.misbehave("refuse")
+        before = calm.failures("connect")
+        gateway.check_answer(api, calm.ask(api, stream=stream), stream=stream)
+        assert calm.failures("connect") == before + 1
+        bad.reset()
 
 
 def _broken(event: client.Event) -> bool:
