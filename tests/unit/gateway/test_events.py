@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vitalis_serve.gateway.events import (
     ENDINGS,
+    all_go_on,
+    broken_off,
     data_of,
+    ending,
     find_error,
     given_up,
     judge,
@@ -196,3 +199,31 @@ def test_a_plain_answer_that_was_given_up() -> None:
     assert given_up(b'{"output":[],"usage":{"input_tokens":1,"output_tokens":0}}', "responses")
     assert not given_up(b'{"output":[],"usage":{"input_tokens":0,"output_tokens":10}}', "messages")
     assert not given_up(b'{"input_tokens":0}', "messages")
+
+
+def test_where_a_stream_is_broken_off() -> None:
+    goes_on = chat('{"delta":{"content":"\\"finish_reason\\":\\"abort\\""},"finish_reason":null}') + b"\n\n"
+    stop = chat('{"delta":{},"finish_reason":"stop"}') + b"\n\n"
+    abort = stop.replace(b"stop", b"abort")
+    done = b"data: [DONE]\n\n"
+    assert broken_off(goes_on, "chat", 1) == (-1, 1)
+    assert broken_off(goes_on + stop + done, "chat", 1) == (-1, 0)
+    assert broken_off(goes_on + stop + done, "chat", 2) == (len(goes_on + stop), 1)
+    assert broken_off(goes_on + abort + done, "chat", 1) == (len(goes_on), 1)
+    assert broken_off(abort, "chat", 1) == (0, 1)
+    assert broken_off(done, "chat", 1) == (0, 1)
+    assert broken_off(done, "chat", 0) == (-1, 0)
+    assert ending(goes_on).startswith(b'"finish_reason":null')
+    assert goes_on.endswith(ending(stop + goes_on))
+    assert ending(goes_on + stop) == b""
+    assert all_go_on(goes_on * 2, 2)
+    assert not all_go_on(goes_on + done, 2)
+
+
+def test_a_response_is_cancelled_only_by_its_own_status() -> None:
+    event = b'event: response.completed\ndata: {"type":"response.completed","response":%b}\n\n'
+    said = b'{"metadata":{"status":"cancelled"},"status":"completed"}'
+    assert broken_off(event % b'{"status":"cancelled"}', "responses", 1)[0] == 0
+    assert broken_off(event % said, "responses", 1)[0] == -1
+    assert given_up(b'{"status":"cancelled"}', "responses")
+    assert not given_up(said, "responses")
