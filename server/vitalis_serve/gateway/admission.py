@@ -26,7 +26,7 @@ import msgspec
 from vitalis_serve.errors import ServeError
 from vitalis_serve.fleet import TAKES_REQUESTS, Fleet
 from vitalis_serve.gateway.fairness import Account, ClassQueue, Waiting
-from vitalis_serve.gateway.pace import DrainRate, PrefillRate
+from vitalis_serve.gateway.pace import SHARE_BESIDE_OTHERS, SHARE_FOR_THE_RETURNING, DrainRate, PrefillRate
 from vitalis_serve.gateway.routing import Explanation, Policy, explain, policy
 from vitalis_serve.gateway.seats import CLASSES, EMERGENCY, Demand, Seat, cost
 
@@ -148,7 +148,7 @@ class Admission:
         self._weights = dict.fromkeys(CLASSES, 0.0)  # theirs
         self._all_weights = 0.0
         self._ordinary_slots = 0
-        self._drain = DrainRate()
+        self._drain = DrainRate(SHARE_FOR_THE_RETURNING if share == 1 else SHARE_BESIDE_OTHERS)
 
     # -- what there is
 

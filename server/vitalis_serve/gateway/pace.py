@@ -7,15 +7,18 @@ from typing import Final
 _SLOWEST: Final = 0.02  # slots per second; below it every answer would be 60 s anyway
 _FLOOR: Final = 4096.0  # tokens per second: below it a measurement is of something else than prefill
 SHARE_FOR_THE_RETURNING: Final = 0.35
+# Where another gateway has part of the fleet: half of them come back to the one that does not know them.
+SHARE_BESIDE_OTHERS: Final = 0.25
 _EARLY: Final = 1.0  # clients are told whole seconds
 _LATE: Final = 10.0
 _NONE: Final[deque[float]] = deque(maxlen=0)
 
 
 class DrainRate:
-    """Slots given back per second, and the turns of those who were told to come again."""
+    """Slots given back per second, and the turns of those who were told to come again, who get `share` of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = SHARE_FOR_THE_RETURNING) -> None:
+        self._share = share
         self._left = 0
         self._since: float | None = None
         self._saturated = True  # all through the window just running
@@ -49,13 +52,13 @@ class DrainRate:
         return max(self._rate, self._left / elapsed, _SLOWEST)
 
     def turn(self, rank: int, ahead: int, now: float, jitter: float, whose: Hashable) -> float:
-        """Seconds until this one's turn, 1 to 60. Turns of one class follow each other at a third of the drain rate:
+        """Seconds until this one's turn, 1 to 60. Turns of one class follow each other at `share` of the drain rate:
         the rest is for those who come for the first time, who will be there by then.
 
         `whose`: it is known by this when it comes, and is then due (`is_due`)."""
         rate = self.rate(now)
         earliest = now + (ahead + 1) / rate
-        turn = max(self._turns.get(rank, 0.0) + 1.0 / (SHARE_FOR_THE_RETURNING * rate), earliest)
+        turn = max(self._turns.get(rank, 0.0) + 1.0 / (self._share * rate), earliest)
         self._turns[rank] = min(turn, now + 60.0)
         seconds = (turn - now) * (1.0 + 0.1 * jitter)
         if seconds > 60.0:  # too many to give each a turn: at least not all in the same second
