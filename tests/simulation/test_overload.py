@@ -87,14 +87,14 @@ def test_who_comes_back_to_another_gateway_is_not_known_there(seed: int) -> None
 
 
 @pytest.mark.parametrize(("replicas", "arranged"), [(1, ONE), (2, ONE), (2, WORKERS), (2, GATEWAYS)])
-def test_a_flood_of_long_prompts_does_not_delay_others_by_more_than_one_of_each_gateway(
+def test_a_flood_of_long_prompts_does_not_delay_others_by_more_than_one_of_them(
     replicas: int, arranged: dict[str, int]
 ) -> None:
     """An 8,000-token prompt is 0.4 s of prefill that cannot be interrupted, with slots free all the time."""
     alone, beside = (figures.long_prompts(replicas, flood=flood, **arranged) for flood in (False, True))
-    assert beside.ttft_p99 <= alone.ttft_p99 + 0.5 * arranged["gateways"]
+    assert beside.ttft_p99 <= alone.ttft_p99 + 0.5
     assert beside.ttft_p50 <= alone.ttft_p50 + 0.12
-    assert beside.refused <= 0.01
+    assert beside.refused <= 0.005
     no_cap = AdmissionOptions(prefill_seconds=1e6)
     uncapped = figures.long_prompts(replicas, flood=True, options=no_cap, **arranged)
     assert uncapped.ttft_p99 > 3 * beside.ttft_p99

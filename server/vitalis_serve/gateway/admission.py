@@ -452,6 +452,8 @@ class Admission:
             seat.rests_from = holding.demand.tenant
             # With n gateways it was read at an n-th of the speed, and each lets in as many.
             seat.rests_until = now + (now - holding.since) * (2 / self._share - 1)
+            if seat.held_for is not None and seat.rests((held := self._waiting[seat.held_for]).demand):
+                seat.held_for = held.holds = None
 
     def _give_back(self, holding: _Holding, now: float) -> Seat:
         seat, demand, prefill = holding.seat, holding.demand, holding.prefill
@@ -590,7 +592,8 @@ class Admission:
                 continue
             looked += 1
             if seat.lacks(waiting.demand):
-                blocked.append(waiting)
+                if not seat.rests(waiting.demand):  # nothing is held for who has to wait anyway
+                    blocked.append(waiting)
                 continue
             if self.routing.prefers(waiting.demand, seat):
                 for one in passed:

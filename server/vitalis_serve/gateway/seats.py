@@ -88,6 +88,10 @@ class Seat:
         starts = self.replica.state in STARTS and demand.model in self.models
         return starts and self.replica.name not in demand.excluded
 
+    def rests(self, demand: Demand) -> bool:
+        """Whether only the rest from its tenant's long prompts keeps it out."""
+        return self.rests_from == demand.tenant and demand.prompt_tokens > self.ordinary_prefill > 0
+
     def lacks(self, demand: Demand, heavy: bool = False) -> str:
         """Why the demand does not get in here now; "" where it does. `heavy`: its tenant has more than its share.
 

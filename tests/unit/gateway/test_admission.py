@@ -322,6 +322,21 @@ def test_a_replica_rests_from_a_tenants_long_prompts_where_others_ask_too() -> N
     assert names(made.tick(0.8)) == ["next"]
 
 
+def test_nothing_is_held_for_a_long_prompt_that_has_to_wait_for_a_rest() -> None:
+    made = admission(replica(slots=8, prefill=1000), bypasses=1)
+    entered(made, "long", tenant="a", prompt_tokens=2000)
+    queued(made, "next", tenant="a", prompt_tokens=2000)
+    for number in range(3):
+        queued(made, f"small {number}", tenant="b", prompt_tokens=400)
+    assert names(made.first_token("long", 0.4)) == ["small 0", "small 1"]
+    assert names(made.first_token("small 0", 0.45)) == ["small 2"]
+    for waiter in ("small 1", "small 2"):
+        assert made.first_token(waiter, 0.5) == []
+    entered(made, "small 3", now=0.6, tenant="b", prompt_tokens=400)
+    made.first_token("small 3", 0.65)
+    assert names(made.tick(0.8)) == ["next"]
+
+
 def test_a_tenant_alone_may_send_long_prompts_one_after_the_other() -> None:
     made = admission(replica(slots=8, prefill=1000))
     entered(made, "one", tenant="a", prompt_tokens=2000)
