@@ -324,6 +324,8 @@ def test_a_replica_rests_from_a_tenants_long_prompts_where_others_ask_too() -> N
 
 def test_nothing_is_held_for_a_long_prompt_that_has_to_wait_for_a_rest() -> None:
     made = admission(replica(slots=8, prefill=1000), bypasses=1)
+    entered(made, "much", tenant="b", output_tokens=100_000)  # so that "next" comes before all of b's
+    made.first_token("much", 0.0)
     entered(made, "long", tenant="a", prompt_tokens=2000)
     queued(made, "next", tenant="a", prompt_tokens=2000)
     for number in range(3):
