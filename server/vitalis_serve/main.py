@@ -298,6 +298,7 @@ def _control_options(settings: Settings, place_: Place) -> ControlOptions:
         cache_secret_path=str(place_.data / "cache.secret"),
         routes=tuple(_route_options(route, settings) for route in settings.routes),
         cache_groups={group: tuple(tenants) for group, tenants in settings.cache_groups.items()},
+        tenant_weights=dict(settings.tenant_weights),
     )
 
 

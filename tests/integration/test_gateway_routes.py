@@ -512,6 +512,37 @@ def test_a_free_slot_is_an_emergencys_before_it_is_anybody_elses(tmp_path: Path,
     assert [r["x-request-id"].removeprefix("order-") for r in ran] == ["urgent", "reader", "bob", "night"]
 
 
+def test_a_tenants_weight_is_its_share_of_what_is_full(tmp_path: Path) -> None:
+    weighted = json.loads(document())
+    weighted["tenants"].append({"name": "alice", "weight": 3})
+    served = {"alice": 0, "bob": 0}
+    stop = False
+    with (
+        simulator.started("--decode-step-ms", "1") as engine,
+        running_worker(tmp_path / "w", document=json.dumps(weighted).encode(), queue_seconds=30) as worker,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        worker.serve(engine.address, slots=2)
+
+        def flood(tenant: str) -> None:
+            with client.connect(worker.url) as wire:
+                while not stop:
+                    wire.send(request(tenant, tokens=20))
+                    assert wire.read_response().status == 200
+                    served[tenant] += 1
+
+        flooding = [pool.submit(flood, tenant) for tenant in ["alice", "bob"] * 6]
+        gateway.wait_until(lambda: sum(served.values()) >= 40, 20)
+        before = dict(served)
+        gateway.wait_until(lambda: sum(served.values()) >= 240, 40)
+        shares = {tenant: served[tenant] - before[tenant] for tenant in served}
+        stop = True
+        for one in flooding:
+            one.result(20)
+        assert 2.4 <= shares["alice"] / shares["bob"] <= 3.6
+        gateway.settled(worker)
+
+
 def test_a_flood_of_one_tenant_does_not_starve_another(tmp_path: Path) -> None:
     """Twelve connections of one tenant without a pause, one of another, two slots: the other's wait is about one turn,
     where first come, first served it would be six."""

@@ -22,6 +22,7 @@ class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     workers: how many workers there should be: a change is in force when so many have acknowledged it.
     supervisor_socket: where fleet commands go; "" when control runs without a supervisor.
     cache_groups: tenants that share a prefix cache, by the group's name; a tenant is in one group at most.
+    tenant_weights: shares of the fair queue of tenants that have another than 1.
     apply_seconds: how long a change waits for the workers before it answers with `"applied": false`.
     collect_seconds: how long a scrape waits for the workers' reports.
     """
@@ -38,5 +39,6 @@ class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     workers: int = 0
     routes: tuple[RouteOptions, ...] = ()
     cache_groups: dict[str, tuple[str, ...]] = {}
+    tenant_weights: dict[str, float] = {}
     apply_seconds: float = 1.0
     collect_seconds: float = 1.0

@@ -38,6 +38,7 @@ class Snapshots:
         self._path = Path(options.snapshot_path)
         self._routes = [{**route.policy, "name": route.name, "model": route.model} for route in options.routes]
         self._cache_groups = {tenant: group for group, tenants in options.cache_groups.items() for tenant in tenants}
+        self._weights = options.tenant_weights
         self._cache_secret = cache_secret
         self._lock = asyncio.Lock()
         self.version = 0
@@ -105,15 +106,16 @@ class Snapshots:
         self.version = version
         self._workers.push(version, msgspec.Raw(body))
 
-    def _group(self, tenant: str) -> dict[str, str]:
-        group = self._cache_groups.get(tenant)
-        return {} if group is None else {"cache_group": group}
+    def _configured(self, tenant: str) -> dict[str, str | float]:
+        """What the configuration says of it."""
+        group, weight = self._cache_groups.get(tenant), self._weights.get(tenant)
+        return ({} if group is None else {"cache_group": group}) | ({} if weight is None else {"weight": weight})
 
     def _body(self, version: int, contents: Contents) -> bytes:
         return msgspec.json.encode(
             {
                 "version": version,
-                "tenants": [{"name": t.name, "status": t.status, **self._group(t.name)} for t in contents.tenants],
+                "tenants": [{"name": t.name, "status": t.status, **self._configured(t.name)} for t in contents.tenants],
                 "keys": [
                     {
                         "id": key.id,

@@ -86,11 +86,13 @@ class Route(msgspec.Struct, frozen=True):
 
 
 class Tenant(msgspec.Struct, frozen=True):
-    """Tenants of the same `cache_group` share a prefix cache; "" shares with nobody."""
+    """Tenants of the same `cache_group` share a prefix cache; "" shares with nobody. `weight`: its share of the fair
+    queue."""
 
     name: str
     status: str = "active"
     cache_group: str = ""
+    weight: float = 1.0
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -122,14 +124,15 @@ class Use(msgspec.Struct, frozen=True):
     policy: RoutePolicy | None
     sharers: bytes
     salt: msgspec.Raw
+    weight: float
 
 
 class KeyTable:
     """One snapshot, indexed. Build a new one for a new snapshot and replace it by assignment."""
 
     __slots__ = (
-        "_by_digest", "_cache_groups", "_cache_secret", "_configured", "_salts", "uses", "policies", "routes",
-        "version",
+        "_by_digest", "_cache_groups", "_cache_secret", "_configured", "_salts", "_weights", "uses", "policies",
+        "routes", "version",
     )  # fmt: skip
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -138,6 +141,7 @@ class KeyTable:
         self.routes = {r.name: r for r in snapshot.routes}
         self.policies = {r.name: policy for r in snapshot.routes if (policy := RoutePolicy.of(r)) is not None}
         self._cache_groups = {t.name: t.cache_group for t in snapshot.tenants if t.cache_group}
+        self._weights = {t.name: t.weight for t in snapshot.tenants}
         self._cache_secret = snapshot.cache_secret.encode() or os.urandom(32)
         self._salts: dict[str, msgspec.Raw] = {}
         self.uses: dict[tuple[str, str], Use] = {}
@@ -201,6 +205,7 @@ class KeyTable:
                 self.policies.get(route.name),
                 self.sharers(key.tenant).encode(),
                 self.salt(key.tenant),
+                self._weights.get(key.tenant, 1.0),
             )
         return found
 

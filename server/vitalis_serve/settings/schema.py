@@ -104,6 +104,13 @@ EnvironmentValue = Annotated[str | None, BeforeValidator(_environment_text)]
 EngineArgs = Annotated[Mapping[str, Any], AfterValidator(freeze), PlainSerializer(thaw)]
 EngineEnv = Annotated[Mapping[str, EnvironmentValue], AfterValidator(freeze), PlainSerializer(thaw)]
 CacheGroups = Annotated[Mapping[Name, tuple[Name, ...]], AfterValidator(freeze), PlainSerializer(thaw)]
+ClassSeconds = Annotated[
+    Mapping[Literal["emergency", "interactive", "standard", "batch"], Seconds],
+    AfterValidator(freeze),
+    PlainSerializer(thaw),
+]
+Share = Annotated[float, Number, Field(gt=0, le=1000, allow_inf_nan=False)]
+TenantWeights = Annotated[Mapping[Name, Share], AfterValidator(freeze), PlainSerializer(thaw)]
 
 SOURCES = ("hub", "folder", "package", "build")
 _EMPTY = FrozenMap({})
@@ -128,7 +135,7 @@ class Queue(Strict):
 
     max_requests: Count = 1024
     max_seconds: Seconds = 30
-    class_seconds: dict[Literal["emergency", "interactive", "standard", "batch"], Seconds] = {}
+    class_seconds: ClassSeconds = _EMPTY  # type: ignore[assignment]  # it has no keys
     cold_start_seconds: Pause = 0
     overload_seconds: Pause = 1
     reserved_share: Annotated[float, Number, Field(ge=0, le=0.9, allow_inf_nan=False)] = 0.1
@@ -294,6 +301,7 @@ class Settings(Strict):
     shutdown: Shutdown = Shutdown()
     routes: tuple[Route, ...] = ()
     cache_groups: CacheGroups = _EMPTY
+    tenant_weights: TenantWeights = _EMPTY
 
     @model_validator(mode="after")
     def one_cache_group_each(self) -> "Settings":

@@ -35,6 +35,7 @@ _STRUCTURED: Final = frozenset(
         ("gateway", "queue", "class_seconds"),
         ("routes",),
         ("cache_groups",),
+        ("tenant_weights",),
     }
 )
 

@@ -55,6 +55,7 @@ def test_environment_file_and_code_agree():
         "VITALIS_PROFILE",
         "VITALIS_ROUTES",
         "VITALIS_CACHE_GROUPS",
+        "VITALIS_TENANT_WEIGHTS",
         "VITALIS_ENGINES_ENGINE_ARGS",
         "VITALIS_ENGINES_ENGINE_ENV",
     }
