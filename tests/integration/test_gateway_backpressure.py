@@ -160,7 +160,7 @@ def test_who_does_not_read_stops_his_own_engine_connection_alone(stage: Stage, a
 def test_beside_a_client_that_does_not_read_a_stream_keeps_its_pace(stage: Stage, tmp_path: Path) -> None:
     """On the same replica and worker: its client is never far behind the engine's own count of tokens."""
     with simulator.started("--decode-step-ms", "4", "--per-sequence-ms", "0", uds=tmp_path / "e.sock") as paced:
-        stage.worker.serve(paced.address)
+        stage.worker.serve(paced.address, slots=256)
         _, stalled = stage.ask(stream=True, tokens=60, n=64)
         stuck = paced.wait_for(lambda state: state["unsent_bytes"] > 0 and not state["running"], 10)
         wire, _, events = gateway.start_stream(stage.worker, gateway.request("chat", stream=True, tokens=300))
