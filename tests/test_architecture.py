@@ -22,6 +22,7 @@ LAYERS = {
     "engines": 3,
     "store": 4,
     "supervise": 5,
+    "spool": 5,
     "metrics": 6,
     "fleet": 7,
     "settings": 8,
@@ -43,7 +44,8 @@ PURE = ("fleet", "metrics", "errors", "supervise.lifecycle", "engines.command", 
         "gateway.headers", "gateway.events", "gateway.paths", "gateway.admission", "gateway.seats", "gateway.routing",
         "gateway.fairness", "gateway.pace", "gateway.prefix", "gateway.body", "gateway.route_policy",
         "gateway.guidance", "gateway.breaker", "gateway.retries", "gateway.killers", "gateway.estimates",
-        "gateway.harmony", "gateway.intake", "gateway.usage", "store.tables")  # fmt: skip
+        "gateway.harmony", "gateway.intake", "gateway.usage", "gateway.limits", "spool.record",
+        "store.tables")  # fmt: skip
 IMPURE_LIBRARIES = {"asyncio", "socket", "time", "subprocess"}
 
 

@@ -271,6 +271,14 @@ def _worker_options(settings: Settings, place_: Place, index: int, upstream_idle
         worker=index,
         gateways=gateway_.gateways,
         admission_socket=str(place_.run / "admission.sock"),
+        spool_folder=str(place_.data / "spool"),
+        spool_segment_bytes=settings.ledger.segment_bytes,
+        spool_full=settings.ledger.full_disk,
+        spent_path=str(place_.data / "spent.json"),
+        limits_redis_url=settings.limits.redis_url or "",
+        limits_wait_seconds=settings.limits.wait_seconds,
+        limits_away=settings.limits.away,
+        limits_lease_seconds=settings.limits.lease_seconds,
     )
 
 
@@ -299,6 +307,14 @@ def _control_options(settings: Settings, place_: Place) -> ControlOptions:
         routes=tuple(_route_options(route, settings) for route in settings.routes),
         cache_groups={group: tuple(tenants) for group, tenants in settings.cache_groups.items()},
         tenant_weights=dict(settings.tenant_weights),
+        database_url=settings.store.url or "",
+        database_seconds=settings.store.connect_seconds,
+        spool_folder=str(place_.data / "spool"),
+        spent_path=str(place_.data / "spent.json"),
+        keep_days=settings.ledger.keep_days,
+        keep_daily_days=settings.ledger.keep_daily_days,
+        issuers=tuple(issuer.model_dump(mode="json") for issuer in settings.oidc),
+        limits_redis_url=settings.limits.redis_url or "",
     )
 
 

@@ -23,6 +23,13 @@ class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     supervisor_socket: where fleet commands go; "" when control runs without a supervisor.
     cache_groups: tenants that share a prefix cache, by the group's name; a tenant is in one group at most.
     tenant_weights: shares of the fair queue of tenants that have another than 1.
+    database_url: "" for SQLite at `database_path`.
+    database_seconds: how long the store may take to answer at start.
+    spool_folder: where workers leave the records of what was used; "" where nothing is recorded.
+    spent_path: the sums of this day and month, for the owner of limits (`spool/spent.py`).
+    keep_days, keep_daily_days: of single records of use, and of their sums by day; 0 for ever.
+    issuers: each as `settings.schema.Issuer` dumps it, by alias.
+    limits_redis_url: where limits are counted; "" on this host.
     apply_seconds: how long a change waits for the workers before it answers with `"applied": false`.
     collect_seconds: how long a scrape waits for the workers' reports.
     """
@@ -40,5 +47,13 @@ class ControlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     routes: tuple[RouteOptions, ...] = ()
     cache_groups: dict[str, tuple[str, ...]] = {}
     tenant_weights: dict[str, float] = {}
+    database_url: str = ""
+    database_seconds: float = 5.0
+    spool_folder: str = ""
+    spent_path: str = ""
+    keep_days: int = 90
+    keep_daily_days: int = 0
+    issuers: tuple[dict[str, Any], ...] = ()
+    limits_redis_url: str = ""
     apply_seconds: float = 1.0
     collect_seconds: float = 1.0

@@ -9,18 +9,21 @@ import hashlib
 import hmac
 import os
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from vitalis_serve.errors import ServeError
+from vitalis_serve.gateway.limits import Rates
 from vitalis_serve.gateway.route_policy import RoutePolicy
 
 SALT_LENGTH: Final = 32  # hex digits
 
 
 class Key(msgspec.Struct, frozen=True):
-    """A credential of a tenant. `expires_at` in Unix seconds; `routes` may be ["*"]."""
+    """A credential of a tenant. `expires_at` in Unix seconds; `routes` may be ["*"].
+
+    While a key is rotated the secret before opens it too, until `old_until`. A token's (`tokens.py`) has no digest."""
 
     id: str
     digest: str
@@ -29,6 +32,9 @@ class Key(msgspec.Struct, frozen=True):
     routes: tuple[str, ...] = ("*",)
     class_: str = msgspec.field(default="standard", name="class")
     expires_at: float | None = None
+    old_digest: str | None = None
+    old_until: float | None = None
+    rates: Rates | None = None
 
     def may_use(self, route: str) -> bool:
         return "*" in self.routes or route in self.routes
@@ -79,6 +85,7 @@ class Route(msgspec.Struct, frozen=True):
     preamble: str = ""
     weights: tuple[Weight, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    rates: Rates | None = None
 
     def class_for(self, key: Key) -> str:
         """The class of a request; no wish of the caller's has a part in it."""
@@ -93,6 +100,27 @@ class Tenant(msgspec.Struct, frozen=True):
     status: str = "active"
     cache_group: str = ""
     weight: float = 1.0
+    rates: Rates | None = None
+
+
+class Issuer(msgspec.Struct, frozen=True):
+    """Whose tokens are taken. Fields as in `settings.schema.Issuer`; `keys`: its JSON Web Keys, as control fetched
+    them, the stale ones among them while that is allowed."""
+
+    name: str
+    issuer: str
+    audience: tuple[str, ...]
+    algorithms: tuple[str, ...]
+    keys: tuple[dict[str, Any], ...] = ()
+    leeway_seconds: float = 30
+    tenant_claim: str = "tenant"
+    tenants: dict[str, str] = {}
+    class_claim: str | None = None
+    classes: dict[str, str] = {}
+    class_: str = msgspec.field(default="standard", name="class")
+    scopes_claim: str | None = None
+    scopes: dict[str, str] = {}
+    routes: tuple[str, ...] = ("*",)
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -107,6 +135,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     routes: tuple[Route, ...] = ()
     tenants: tuple[Tenant, ...] = ()
     cache_secret: str = ""
+    issuers: tuple[Issuer, ...] = ()
 
 
 _DECODER: Final = msgspec.json.Decoder(Snapshot)

@@ -38,3 +38,11 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     gateways: int = 1  # how many hosts share the slots of each replica
     admission_socket: str = ""  # where the first worker is asked by the others
     total_seconds: float = 1800
+    spool_folder: str = ""  # "" records nothing
+    spool_segment_bytes: int = 8 << 20
+    spool_full: str = "refuse"  # or serve: what happens to new requests when their use cannot be recorded
+    spent_path: str = ""  # what the ledger says of this day and month (`spool/spent.py`)
+    limits_redis_url: str = ""  # "": limits are counted on this host
+    limits_wait_seconds: float = 0.05
+    limits_away: str = "share"  # or refuse
+    limits_lease_seconds: float = 30

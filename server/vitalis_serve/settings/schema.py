@@ -254,6 +254,74 @@ class RouteWeight(Strict):
     weight: Annotated[float, Number, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
 
 
+class Store(Strict):
+    """Where tenants, keys, limits, usage and the audit table are kept. `url` None: SQLite in the data folder."""
+
+    url: Annotated[str, StringConstraints(pattern=r"^postgres(ql)?://\S+$")] | None = None
+    connect_seconds: Seconds = 5
+
+
+class Limits(Strict):
+    """Where requests and tokens are counted against the limits of keys, tenants and routes."""
+
+    backend: Literal["memory", "redis"] = "memory"
+    redis_url: Annotated[str, StringConstraints(pattern=r"^(rediss?|unix)://\S+$")] | None = None
+    wait_seconds: Annotated[float, Number, Field(gt=0, le=10, allow_inf_nan=False)] = 0.05
+    away: Literal["share", "refuse"] = "share"
+    lease_seconds: Annotated[float, Number, Field(ge=5, le=3600, allow_inf_nan=False)] = 30
+
+    @model_validator(mode="after")
+    def redis_has_an_address(self) -> "Limits":
+        if (self.backend == "redis") != (self.redis_url is not None):
+            raise ValueError("give redis_url with backend: redis, and only with it")
+        return self
+
+
+class Ledger(Strict):
+    """The record of what was used. Days are UTC; 0 keeps for ever."""
+
+    full_disk: Literal["refuse", "serve"] = "refuse"
+    segment_bytes: Annotated[int, Number, Field(ge=1 << 20, le=1 << 30)] = 8 << 20
+    keep_days: Amount = 90
+    keep_daily_days: Amount = 0
+
+
+class Issuer(Strict):
+    """One OIDC issuer whose tokens are taken, and what their claims mean here. A claim inside others is written with
+    dots: `realm_access.roles`. Maps are from a claim's value to ours; an empty `tenants` takes the claim as it is."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+    issuer: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")]
+    audience: Annotated[tuple[str, ...], BeforeValidator(_comma_list), Field(min_length=1)]
+    jwks_uri: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")] | None = None
+    algorithms: Annotated[
+        tuple[Literal["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"], ...], Field(min_length=1)
+    ] = ("RS256", "ES256", "EdDSA")
+    leeway_seconds: Annotated[float, Number, Field(ge=0, le=300, allow_inf_nan=False)] = 30
+    refresh_seconds: Seconds = 3600
+    stale_seconds: Annotated[float, Number, Field(ge=0, le=30 * 86_400, allow_inf_nan=False)] = 86_400
+    tenant_claim: str = "tenant"
+    tenants: Annotated[Mapping[str, Name], AfterValidator(freeze), PlainSerializer(thaw)] = _EMPTY
+    class_claim: str | None = None
+    classes: Annotated[
+        Mapping[str, Literal["emergency", "interactive", "standard", "batch"]],
+        AfterValidator(freeze),
+        PlainSerializer(thaw),
+    ] = _EMPTY
+    class_: Literal["emergency", "interactive", "standard", "batch"] = Field(default="standard", alias="class")
+    scopes_claim: str | None = None
+    scopes: Annotated[
+        Mapping[str, Literal["inference", "debug", "metrics"]], AfterValidator(freeze), PlainSerializer(thaw)
+    ] = _EMPTY
+    routes: Annotated[tuple[Name | Literal["*"], ...], Field(min_length=1)] = ("*",)
+    roles_claim: str | None = None
+    roles: Annotated[
+        Mapping[str, Literal["viewer", "operator", "admin"]], AfterValidator(freeze), PlainSerializer(thaw)
+    ] = _EMPTY
+
+
 class Route(Strict):
     """A public model name and the engine model behind it (`model.name` where none is given), and what holds for
     its requests. Out of `settings.load`, `model` is never empty; with `weights` it is the heaviest."""
@@ -299,6 +367,10 @@ class Settings(Strict):
     model: Model = Model(hub="openai/gpt-oss-20b")
     engines: Engines = Engines()
     shutdown: Shutdown = Shutdown()
+    store: Store = Store()
+    limits: Limits = Limits()
+    ledger: Ledger = Ledger()
+    oidc: tuple[Issuer, ...] = ()
     routes: tuple[Route, ...] = ()
     cache_groups: CacheGroups = _EMPTY
     tenant_weights: TenantWeights = _EMPTY
@@ -310,6 +382,16 @@ class Settings(Strict):
         if twice:
             raise ValueError(f"cache_groups name {', '.join(twice)} more than once")
         return self
+
+    @field_validator("oidc")
+    @classmethod
+    def issuers_differ(cls, issuers: tuple[Issuer, ...]) -> tuple[Issuer, ...]:
+        for word in ("name", "issuer"):
+            said = [getattr(issuer, word) for issuer in issuers]
+            twice = sorted({one for one in said if said.count(one) > 1})
+            if twice:
+                raise ValueError(f"{', '.join(twice)} is there more than once; every issuer has a {word} of its own")
+        return issuers
 
     @field_validator("routes")
     @classmethod

@@ -33,6 +33,7 @@ _STRUCTURED: Final = frozenset(
         ("engines", "engine_args"),
         ("engines", "engine_env"),
         ("gateway", "queue", "class_seconds"),
+        ("oidc",),
         ("routes",),
         ("cache_groups",),
         ("tenant_weights",),
