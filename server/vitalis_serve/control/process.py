@@ -20,7 +20,8 @@ import uvicorn
 
 from vitalis_serve import logs
 from vitalis_serve.control.access import Access, Failures, control_token
-from vitalis_serve.control.app import Control, create_app
+from vitalis_serve.control.app import create_app
+from vitalis_serve.control.changes import Control
 from vitalis_serve.control.connections import BoundedProtocol
 from vitalis_serve.control.files import kept_secret, publish, stage
 from vitalis_serve.control.options import ControlOptions
