@@ -59,8 +59,11 @@ NEVER_RETRIED: Final = frozenset({"budget_spent", "first_token_timeout", "total_
 class ServeError(Exception):
     """One answer other than success: `code` from CODES, a sentence, the field at fault if there is one.
 
-    `retry_after` is in seconds, 1 to 60, and only set where it was computed.
+    `retry_after` is in seconds, 1 to 60, and only set where it was computed. `headers`: whole lines for the head of the
+    answer, `name: value\\r\\n` each.
     """
+
+    headers: bytes = b""
 
     def __init__(self, code: str, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         self.code = code

@@ -58,6 +58,7 @@ def error_reply(error: ServeError, dialect: str, request_id: bytes, *, keep_aliv
         head += b"retry-after: %d\r\n" % max(1, min(60, round(error.retry_after)))
     if error.code in NEVER_RETRIED:
         head += b"x-should-retry: false\r\n"
+    head += error.headers
     if error.status == 401:
         head += b"www-authenticate: Bearer\r\n"
     if allow:
