@@ -28,11 +28,13 @@ BUSY_SECONDS: Final = 2
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 
 
-async def open_database(path: Path) -> AsyncEngine:
-    """The store at `path`, made if it is not there, with the schema of this program.
+async def open_database(path: Path, url: str = "", seconds: float = 5) -> AsyncEngine:
+    """The store at `path`, made if it is not there, or the PostgreSQL at `url`, with the schema of this program.
 
     Raises StartError where it cannot be opened, read or migrated, or was made by a newer program.
     """
+    if url:
+        raise StartError("PostgreSQL is not there yet")
     with start_errors(path):
         await asyncio.to_thread(_try_opening, path)
     engine = _engine(path)

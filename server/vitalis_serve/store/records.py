@@ -48,6 +48,9 @@ class Key:
     notes: str = ""
     expires_at: int | None = None
     revoked_at: int | None = None
+    old_digest: str | None = None  # of the secret before the last rotation, which opens until `old_until`
+    old_until: int | None = None
+    last_used_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +82,10 @@ class Store:
         self._engine = engine
 
     @classmethod
-    async def open(cls, path: Path) -> "Store":
-        """Opens and migrates. Raises StartError."""
-        return cls(await open_database(path))
+    async def open(cls, path: Path, url: str = "", seconds: float = 5) -> "Store":
+        """Opens and migrates: SQLite at `path`, or the PostgreSQL at `url`, which has `seconds` to answer. Raises
+        StartError."""
+        return cls(await open_database(path, url, seconds))
 
     async def close(self) -> None:
         await self._engine.dispose()

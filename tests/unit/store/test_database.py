@@ -43,13 +43,13 @@ def fill(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("INSERT INTO tenants VALUES ('acme', 'active', 'note', 1000)")
         connection.execute(
-            "INSERT INTO keys VALUES ('k1', 'acme', 'n', 'd1', 'batch', '[\"debug\"]', '[]', '', 1, 2, NULL)"
+            "INSERT INTO keys VALUES ('k1', 'acme', 'n', 'd1', 'batch', '[\"debug\"]', '[]', '', 1, 2, NULL, NULL, NULL, NULL)"
         )
         connection.execute("UPDATE state SET snapshot_version = 41")
     connection.close()
 
 
-TENANTS, KEYS = "SELECT * FROM tenants", "SELECT * FROM keys"
+TENANTS, KEYS = "SELECT * FROM tenants", "SELECT id, tenant, digest, scopes, expires_at FROM keys"
 
 
 def nothing(engine: AsyncEngine) -> Any:
@@ -87,7 +87,7 @@ def test_migration_down_and_up_keeps_tenants_and_keys(tmp_path: Path) -> None:
     assert rows(path, "SELECT name FROM sqlite_master WHERE name = 'audit'") == []
     assert (rows(path, TENANTS), rows(path, KEYS)) == before
     with_database(path, nothing)
-    assert rows(path, "SELECT version_num FROM alembic_version") == [("0002",)]
+    assert rows(path, "SELECT version_num FROM alembic_version") == [("0006",)]
     assert (rows(path, TENANTS), rows(path, KEYS)) == before
     assert rows(path, "SELECT snapshot_version, needs_program FROM state") == [(41, "0.1.0")]
 
