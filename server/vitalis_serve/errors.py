@@ -43,8 +43,10 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     # only from control
     "tenant_not_found": (404, "not_found_error"),
     "key_not_found": (404, "not_found_error"),
+    "route_not_found": (404, "not_found_error"),
     "already_exists": (409, "conflict_error"),
     "tenant_disabled": (409, "conflict_error"),
+    "key_closed": (409, "conflict_error"),
     "fleet_refused": (409, "conflict_error"),
     "authentication_failures": (429, "rate_limit_error"),
     "worker_unavailable": (503, "overloaded_error"),

@@ -22,9 +22,9 @@ class NewKey(NamedTuple):
     digest: str
 
 
-def new_key() -> NewKey:
-    """A key that no one has seen."""
-    key_id = _random(ID_LENGTH)
+def new_key(key_id: str = "") -> NewKey:
+    """A key that no one has seen; with `key_id` another secret for a key that is there."""
+    key_id = key_id or _random(ID_LENGTH)
     key = f"vts_{key_id}_{_random(SECRET_LENGTH)}"
     return NewKey(key_id, key, digest(key))
 
