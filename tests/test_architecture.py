@@ -24,6 +24,7 @@ LAYERS = {
     "supervise": 5,
     "spool": 5,
     "metrics": 6,
+    "tokens": 6,
     "fleet": 7,
     "settings": 8,
     "errors": 8,
@@ -44,8 +45,8 @@ PURE = ("fleet", "metrics", "errors", "supervise.lifecycle", "engines.command", 
         "gateway.headers", "gateway.events", "gateway.paths", "gateway.admission", "gateway.seats", "gateway.routing",
         "gateway.fairness", "gateway.pace", "gateway.prefix", "gateway.body", "gateway.route_policy",
         "gateway.guidance", "gateway.breaker", "gateway.retries", "gateway.killers", "gateway.estimates",
-        "gateway.harmony", "gateway.intake", "gateway.usage", "gateway.limits", "spool.record",
-        "store.tables")  # fmt: skip
+        "gateway.harmony", "gateway.intake", "gateway.usage", "gateway.limits", "gateway.tokens",
+        "tokens", "spool.record", "store.tables")  # fmt: skip
 IMPURE_LIBRARIES = {"asyncio", "socket", "time", "subprocess"}
 
 
