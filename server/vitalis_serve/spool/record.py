@@ -12,7 +12,10 @@ from typing import Final
 import msgspec
 
 _HEAD: Final = struct.Struct("<II")
-MAX_PAYLOAD_BYTES: Final = 4096  # longer ones are not written, and none is read
+MAX_PAYLOAD_BYTES: Final = 4096  # a longer one is none: the file is damaged there
+MAX_FRAME_BYTES: Final = 768  # none longer is written; more than names and ids of full length take together
+_CUT_FIRST: Final = ("request_id", "model", "route", "api", "class_", "code", "outcome", "key", "tenant")
+_LARGEST: Final = (1 << 63) - 1
 
 
 class Opened(msgspec.Struct, array_like=True, tag=0, frozen=True):
@@ -68,16 +71,43 @@ _decode: Final = msgspec.msgpack.Decoder(Record).decode
 
 
 class Torn(Exception):
-    """What stands there is no whole frame. `position`: where it begins."""
+    """What stands there is no whole frame. `position`: where it begins. `past`: where the next one would be, if its
+    length can be believed, else 0."""
 
-    def __init__(self, position: int) -> None:
+    def __init__(self, position: int, past: int = 0) -> None:
         self.position = position
+        self.past = past
         super().__init__(f"no whole record at byte {position}")
 
 
 def frame(record: Record) -> bytes:
-    payload = _encode(record)
+    """At most MAX_FRAME_BYTES: of a record that would be longer, texts are cut short, the caller's request id first and
+    the tenant last."""
+    try:
+        payload = _encode(record)
+    except (ValueError, OverflowError):  # half a surrogate pair; an integer beyond 64 bits
+        payload = _shortened(record)
+    if len(payload) > MAX_FRAME_BYTES - _HEAD.size:
+        payload = _shortened(record)
     return _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def _shortened(record: Record) -> bytes:
+    values: dict[str, object] = {}
+    for name in record.__struct_fields__:
+        value = getattr(record, name)
+        if isinstance(value, str):
+            values[name] = value.encode(errors="replace").decode()
+        elif isinstance(value, int):
+            values[name] = type(value)(max(-_LARGEST, min(value, _LARGEST)))
+    for name in _CUT_FIRST:
+        excess = len(_encode(msgspec.structs.replace(record, **values))) - (MAX_FRAME_BYTES - _HEAD.size)
+        if excess <= 0:
+            break
+        if name in values:
+            text = str(values[name]).encode()
+            values[name] = text[: max(0, len(text) - excess)].decode(errors="ignore")
+    return _encode(msgspec.structs.replace(record, **values))
 
 
 def frames(content: bytes, position: int = 0) -> Iterator[tuple[int, Record]]:
@@ -93,10 +123,10 @@ def frames(content: bytes, position: int = 0) -> Iterator[tuple[int, Record]]:
         begin = position + _HEAD.size
         payload = content[begin : begin + length]
         if length > MAX_PAYLOAD_BYTES or len(payload) < length or zlib.crc32(payload) != checksum:
-            raise Torn(position)
+            raise Torn(position, begin + length if length <= MAX_PAYLOAD_BYTES else 0)
         try:
             record = _decode(payload)
         except msgspec.DecodeError as error:
-            raise Torn(position) from error
+            raise Torn(position, begin + length) from error
         position = begin + length
         yield position, record
