@@ -9,15 +9,18 @@ import hashlib
 import hmac
 import os
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from vitalis_serve.errors import ServeError
-from vitalis_serve.gateway.limits import Rates
+from vitalis_serve.gateway.limits import Rates, Subject
 from vitalis_serve.gateway.route_policy import RoutePolicy
+from vitalis_serve.gateway.tokens import Grant, grant
+from vitalis_serve.tokens import Issuer, Memory, Tokens, looks_like_jwt, shown
 
 SALT_LENGTH: Final = 32  # hex digits
+TOKEN_MARK_LENGTH: Final = 12  # hex digits
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -103,31 +106,12 @@ class Tenant(msgspec.Struct, frozen=True):
     rates: Rates | None = None
 
 
-class Issuer(msgspec.Struct, frozen=True):
-    """Whose tokens are taken. Fields as in `settings.schema.Issuer`; `keys`: its JSON Web Keys, as control fetched
-    them, the stale ones among them while that is allowed."""
-
-    name: str
-    issuer: str
-    audience: tuple[str, ...]
-    algorithms: tuple[str, ...]
-    keys: tuple[dict[str, Any], ...] = ()
-    leeway_seconds: float = 30
-    tenant_claim: str = "tenant"
-    tenants: dict[str, str] = {}
-    class_claim: str | None = None
-    classes: dict[str, str] = {}
-    class_: str = msgspec.field(default="standard", name="class")
-    scopes_claim: str | None = None
-    scopes: dict[str, str] = {}
-    routes: tuple[str, ...] = ("*",)
-
-
 class Snapshot(msgspec.Struct, frozen=True):
     """What control pushes: see `control/snapshots.py`.
 
     cache_secret: the deployment's, from which the tenants' salts come. A snapshot without one still keeps tenants
-    apart, by a secret of this process alone.
+    apart, by a secret of this process alone. route_rates: limits of routes that are not configured but offered because
+    engines serve them.
     """
 
     version: int
@@ -135,6 +119,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     routes: tuple[Route, ...] = ()
     tenants: tuple[Tenant, ...] = ()
     cache_secret: str = ""
+    route_rates: dict[str, Rates] = {}
     issuers: tuple[Issuer, ...] = ()
 
 
@@ -145,7 +130,8 @@ _NEVER: Final = float("inf")
 class Use(msgspec.Struct, frozen=True):
     """What one key gets on one route: looked up once for a snapshot, because a request needs all of it.
 
-    sharers: who shares a prefix cache with its tenant. salt: `cache_salt` of its requests, as JSON."""
+    sharers: who shares a prefix cache with its tenant. salt: `cache_salt` of its requests, as JSON. subjects: whose
+    limits hold."""
 
     key: Key
     route: Route
@@ -154,32 +140,45 @@ class Use(msgspec.Struct, frozen=True):
     sharers: bytes
     salt: msgspec.Raw
     weight: float
+    subjects: tuple[Subject, ...]
 
 
 class KeyTable:
     """One snapshot, indexed. Build a new one for a new snapshot and replace it by assignment."""
 
     __slots__ = (
-        "_by_digest", "_cache_groups", "_cache_secret", "_configured", "_salts", "_weights", "uses", "policies",
-        "routes", "version",
+        "_active", "_by_digest", "_by_grant", "_cache_groups", "_cache_secret", "_configured", "_rates",
+        "_route_rates", "_salts", "_tokens", "_weights", "uses", "policies", "routes", "version",
     )  # fmt: skip
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, memory: Memory[Grant] | None = None) -> None:
+        """`memory`: of the tokens verified under earlier snapshots."""
+        memory = Memory() if memory is None else memory
         self.version = snapshot.version
-        self._by_digest = {bytes.fromhex(k.digest): (k, k.expires_at or _NEVER) for k in snapshot.keys}
+        # The secrets before a rotation first: they never stand in the way of one that is in force.
+        self._by_digest = {
+            bytes.fromhex(k.old_digest): (k, min(k.old_until or 0, k.expires_at or _NEVER))
+            for k in snapshot.keys
+            if k.old_digest is not None
+        } | {bytes.fromhex(k.digest): (k, k.expires_at or _NEVER) for k in snapshot.keys}
+        self._tokens = Tokens(snapshot.issuers, memory, grant) if snapshot.issuers else None
+        self._by_grant: dict[Grant, Key] = {}
+        self._active = {t.name: t.status == "active" for t in snapshot.tenants}
         self.routes = {r.name: r for r in snapshot.routes}
         self.policies = {r.name: policy for r in snapshot.routes if (policy := RoutePolicy.of(r)) is not None}
         self._cache_groups = {t.name: t.cache_group for t in snapshot.tenants if t.cache_group}
         self._weights = {t.name: t.weight for t in snapshot.tenants}
+        self._rates = {t.name: t.rates for t in snapshot.tenants}
+        self._route_rates = snapshot.route_rates
         self._cache_secret = snapshot.cache_secret.encode() or os.urandom(32)
         self._salts: dict[str, msgspec.Raw] = {}
         self.uses: dict[tuple[str, str], Use] = {}
         self._configured = bool(self.routes)
 
     @staticmethod
-    def decode(document: bytes) -> "KeyTable":
+    def decode(document: bytes, memory: Memory[Grant] | None = None) -> "KeyTable":
         """Raises msgspec.DecodeError or ValueError where the document is not a snapshot."""
-        return KeyTable(_DECODER.decode(document))
+        return KeyTable(_DECODER.decode(document), memory)
 
     def offering(self, models: Sequence[str]) -> "KeyTable":
         """The same keys, with one route for each of these models. Itself where that changes nothing, or where the
@@ -187,18 +186,41 @@ class KeyTable:
         if self._configured or tuple(self.routes) == tuple(models):
             return self
         table = copy.copy(self)
-        table.routes = {name: Route(name, name) for name in models}
+        table.routes = {name: Route(name, name, rates=self._route_rates.get(name)) for name in models}
         table.uses = {}  # of other routes
         return table
 
-    def identify(self, token: bytes, now: float) -> Key:
-        """The key behind a token; `now` in Unix seconds. ServeError invalid_key or expired_key."""
-        found = self._by_digest.get(hashlib.sha256(token).digest())
+    def identify(self, token: bytes, now: float) -> tuple[Key, float]:
+        """The key behind a secret or a token, and until when it opens anything; times in Unix seconds. ServeError
+        invalid_key, expired_key or invalid_token."""
+        digest = hashlib.sha256(token).digest()
+        found = self._by_digest.get(digest)
         if found is None:
+            if self._tokens is not None and looks_like_jwt(token):
+                verified = self._tokens.verify(token, digest, now)
+                return self._granted(verified.meaning), verified.until
             raise ServeError("invalid_key", "This key is not known, or it was revoked.")
         if now >= found[1]:
+            if found[1] != found[0].expires_at:
+                raise ServeError("expired_key", "This secret was replaced by a newer one of the same key.")
             raise ServeError("expired_key", "This key has expired; ask for a new one.")
-        return found[0]
+        return found
+
+    def _granted(self, grant: Grant) -> Key:
+        """One key for all tokens that come to the same; its tenant is looked up each time the credential is."""
+        key = self._by_grant.get(grant)
+        if key is None:
+            active = self._active.get(grant.tenant)
+            if active is None:
+                raise ServeError("invalid_token", f"This token's tenant, `{shown(grant.tenant)}`, does not exist here.")
+            if not active:
+                raise ServeError("invalid_token", f"This token's tenant, `{shown(grant.tenant)}`, was revoked.")
+            # Tokens of one issuer that come to different things are told apart in the ledger and the log.
+            mark = hashlib.sha256(msgspec.json.encode(grant)).hexdigest()[:TOKEN_MARK_LENGTH]
+            key = self._by_grant[grant] = Key(
+                f"oidc:{grant.issuer}:{mark}", "", grant.tenant, grant.scopes, grant.routes, grant.class_
+            )
+        return key
 
     def allowed(self, key: Key) -> Sequence[Route]:
         """The routes that a key may use, in the order of the configuration."""
@@ -235,8 +257,17 @@ class KeyTable:
                 self.sharers(key.tenant).encode(),
                 self.salt(key.tenant),
                 self._weights.get(key.tenant, 1.0),
+                self._subjects(key, route),
             )
         return found
+
+    def _subjects(self, key: Key, route: Route) -> tuple[Subject, ...]:
+        limited = (
+            ("key", key.id, key.rates),
+            ("tenant", key.tenant, self._rates.get(key.tenant)),
+            ("route", route.name, route.rates),
+        )
+        return tuple(Subject(f"{kind}:{name}", rates) for kind, name, rates in limited if rates is not None)
 
     def sharers(self, tenant: str) -> str:
         """Who shares a prefix cache with a tenant: its group (no tenant's name has a colon), else itself alone."""

@@ -73,6 +73,12 @@ class ControlLink:
         self._on_snapshot = on_snapshot
         self._report = report
         self._explain = explain
+        self._writer: asyncio.StreamWriter | None = None
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Lost while control is away: nothing is said that it will not be told again."""
+        if self._writer is not None:
+            self._writer.write(_encode(message) + b"\n")
 
     async def run(self) -> None:
         while True:
@@ -86,12 +92,14 @@ class ControlLink:
             except (OSError, ValueError, KeyError, msgspec.DecodeError) as error:
                 logger.warning("control's line broke: %s", error)
             finally:
+                self._writer = None
                 writer.close()
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello = {"type": "hello", "worker": self._name, "pid": os.getpid(), "version": self._version()}
         writer.write(_encode(hello) + b"\n")
+        self._writer = writer
         while line := await reader.readline():
             message = _Message.decode(line)
             if message.type == "snapshot":

@@ -39,7 +39,6 @@ LINGER_SECONDS: Final = 2.0
 FRAMING_SHARE: Final = 4  # the framing of a body may be this part of its limit, over and above the head's
 _TARGET: Final = "The request's target must be a path, or an http URL with a host"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-_NEVER: Final = float("inf")
 
 HEAD, BODY, ANSWERING, IDLE, LINGERING = range(5)
 
@@ -343,11 +342,11 @@ class ClientConnection(asyncio.Protocol):
             if presented == self._presented and keys is self._presented_to and wall < self._key_until:
                 relay.key = self._key
                 return
-            key = relay.key = keys.identify(rules.credential(head), wall)
+            key, until = keys.identify(rules.credential(head), wall)
+            relay.key = key
             if "inference" not in key.scopes:
                 raise ServeError("scope_missing", "This key lacks the scope `inference`.")
-            self._presented, self._presented_to, self._key = presented, keys, key
-            self._key_until = key.expires_at or _NEVER
+            self._presented, self._presented_to, self._key, self._key_until = presented, keys, key, until
 
     def _judge_framing(self, relay: Relay, head: dict[bytes, bytes]) -> None:
         """What a proxy in front could read otherwise than we do. RFC 9112, sections 3.2, 6.1 and 7.4."""

@@ -19,8 +19,8 @@ def table(**row: object) -> KeyTable:
 
 
 def test_a_key_is_found_by_its_digest() -> None:
-    key = table().identify(KEY.encode(), 0)
-    assert (key.id, key.tenant) == ("one", "t")
+    key, until = table().identify(KEY.encode(), 0)
+    assert (key.id, key.tenant, until) == ("one", "t", float("inf"))
     assert table().version == 3
 
 
@@ -33,7 +33,8 @@ def test_any_other_token_is_refused(token: bytes) -> None:
 
 def test_a_key_ends_at_its_second() -> None:
     keys = table(expires_at=1000.0)
-    assert keys.identify(KEY.encode(), 999.9).id == "one"
+    key, until = keys.identify(KEY.encode(), 999.9)
+    assert (key.id, until) == ("one", 1000.0)
     with pytest.raises(ServeError) as caught:
         keys.identify(KEY.encode(), 1000.0)
     assert caught.value.code == "expired_key"
@@ -41,7 +42,7 @@ def test_a_key_ends_at_its_second() -> None:
 
 def test_an_unknown_model_names_what_the_key_may_use() -> None:
     keys = table(routes=["b"])
-    key = keys.identify(KEY.encode(), 0)
+    key, _ = keys.identify(KEY.encode(), 0)
     with pytest.raises(ServeError, match=r"`c` does not exist here\. This key may use: b\.") as caught:
         keys.route(key, "c")
     assert (caught.value.code, caught.value.status, caught.value.param) == ("model_not_found", 404, "model")
@@ -49,7 +50,7 @@ def test_an_unknown_model_names_what_the_key_may_use() -> None:
 
 def test_a_route_of_others_is_forbidden() -> None:
     keys = table(routes=["b"])
-    key = keys.identify(KEY.encode(), 0)
+    key, _ = keys.identify(KEY.encode(), 0)
     with pytest.raises(ServeError) as caught:
         keys.route(key, "a")
     assert (caught.value.code, caught.value.status) == ("route_not_allowed", 403)
@@ -59,13 +60,13 @@ def test_a_route_of_others_is_forbidden() -> None:
 
 def test_a_star_opens_every_route() -> None:
     keys = table()
-    assert [route.name for route in keys.allowed(keys.identify(KEY.encode(), 0))] == ["a", "b"]
+    assert [route.name for route in keys.allowed(keys.identify(KEY.encode(), 0)[0])] == ["a", "b"]
 
 
 def test_a_model_name_of_a_megabyte_does_not_come_back() -> None:
     keys = table()
     with pytest.raises(ServeError) as caught:
-        keys.route(keys.identify(KEY.encode(), 0), "x" * 1_000_000)
+        keys.route(keys.identify(KEY.encode(), 0)[0], "x" * 1_000_000)
     assert len(caught.value.message) < 300
 
 
