@@ -84,7 +84,7 @@ async def run(options: ControlOptions) -> None:
         if channel is not None:
             # First of all, so that a slow migration is not taken for a hung process.
             closing.callback(asyncio.create_task(supervision.run(int(channel))).cancel)
-        store = await Store.open(Path(options.database_path))
+        store = await Store.open(Path(options.database_path), options.database_url, options.database_seconds)
         closing.push_async_callback(store.close)
         snapshots = Snapshots(store, workers, options, cache_secret)
         workers.overtaken = snapshots.overtaken
@@ -93,6 +93,7 @@ async def run(options: ControlOptions) -> None:
             await workers.listen(Path(options.control_socket))
         except (ServeError, OSError) as error:
             raise StartError(f"control cannot start: {error}") from error
+        closing.callback(asyncio.create_task(snapshots.follow()).cancel)
         closing.callback(Path(options.control_socket).unlink, missing_ok=True)
         closing.callback(workers.close)
         app = create_app(Control(options, store, workers, snapshots, supervision), access)
