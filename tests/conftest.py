@@ -1,6 +1,11 @@
-"""Hypothesis: the same examples every time in `make test`, new and more of them in `make soak`."""
+"""Hypothesis: the same examples every time in `make test`, new and more of them in `make soak`. And the fixtures of
+servers that whole sessions share."""
 
 from hypothesis import settings
+
+from tests.support.postgres import postgres, postgres_url
+
+__all__ = ["postgres", "postgres_url"]
 
 # No deadline: it is wall-clock time, and a busy machine's pause is not a defect.
 settings.register_profile("test", deadline=None, derandomize=True)
