@@ -4,8 +4,9 @@ servers that whole sessions share."""
 from hypothesis import settings
 
 from tests.support.postgres import postgres, postgres_url
+from tests.support.stores import place
 
-__all__ = ["postgres", "postgres_url"]
+__all__ = ["place", "postgres", "postgres_url"]
 
 # No deadline: it is wall-clock time, and a busy machine's pause is not a defect.
 settings.register_profile("test", deadline=None, derandomize=True)

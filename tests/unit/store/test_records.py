@@ -1,14 +1,14 @@
-"""Changes of tenants and keys, on a real SQLite file."""
+"""Changes of tenants and keys, on a real SQLite file and a real PostgreSQL."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vitalis_serve.errors import ServeError
 from vitalis_serve.store.records import Act, Change, Key, Store, Tenant
 from vitalis_serve.store.secrets import digest, new_key
+
+from tests.support.stores import Place
 
 ACME = Tenant("acme", 1000)
 
@@ -17,24 +17,13 @@ def key(key_id: str, **fields: Any) -> Key:
     return Key(**{"id": key_id, "tenant": "acme", "digest": digest(key_id), "created_at": 1000, **fields})
 
 
-def with_store(path: Path, work: Callable[[Store], Awaitable[Any]]) -> Any:
-    async def run() -> Any:
-        store = await Store.open(path / "v.db")
-        try:
-            return await work(store)
-        finally:
-            await store.close()
-
-    return asyncio.run(run())
-
-
 async def change(store: Store, *steps: Callable[[Change], Awaitable[Any]]) -> None:
     async with store.change() as transaction:
         for step in steps:
             await step(transaction)
 
 
-def test_contents_leave_out_what_opens_nothing(tmp_path: Path) -> None:
+def test_contents_leave_out_what_opens_nothing(place: Place) -> None:
     """A revoked key and the keys of a disabled tenant are not in it; an expired one is, to be told apart."""
 
     async def work(store: Store) -> list[str]:
@@ -53,10 +42,10 @@ def test_contents_leave_out_what_opens_nothing(tmp_path: Path) -> None:
         assert [(t.name, t.status) for t in contents.tenants] == [("acme", "active"), ("gone", "disabled")]
         return [k.id for k in contents.keys]
 
-    assert with_store(tmp_path, work) == ["k1", "k3"]
+    assert place.with_store(work) == ["k1", "k3"]
 
 
-def test_key_comes_back_as_it_was_put_in(tmp_path: Path) -> None:
+def test_key_comes_back_as_it_was_put_in(place: Place) -> None:
     made = key(
         "k1",
         name="n",
@@ -71,10 +60,10 @@ def test_key_comes_back_as_it_was_put_in(tmp_path: Path) -> None:
         await change(store, lambda c: c.add_tenant(ACME), lambda c: c.add_key(made))
         return await store.keys("acme")
 
-    assert with_store(tmp_path, work) == [made]
+    assert place.with_store(work) == [made]
 
 
-def test_failed_change_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_change_leaves_nothing(place: Place) -> None:
     async def work(store: Store) -> Any:
         with pytest.raises(ServeError, match="no tenant 'acmee'; did you mean 'acme'"):
             await change(
@@ -86,28 +75,28 @@ def test_failed_change_leaves_nothing(tmp_path: Path) -> None:
             )
         return await store.tenants(), await store.acts(10), (await store.contents())[0]
 
-    assert with_store(tmp_path, work) == ([], [], 0)
+    assert place.with_store(work) == ([], [], 0)
 
 
-def test_versions_only_grow(tmp_path: Path) -> None:
+def test_versions_only_grow(place: Place) -> None:
     async def work(store: Store) -> list[int]:
         async with store.change() as transaction:
             return [await transaction.next_version(above) for above in (0, 0, 70, 3)]
 
-    assert with_store(tmp_path, work) == [1, 2, 71, 72]
+    assert place.with_store(work) == [1, 2, 71, 72]
 
 
-def test_duplicate_tenant_is_refused(tmp_path: Path) -> None:
+def test_duplicate_tenant_is_refused(place: Place) -> None:
     async def work(store: Store) -> None:
         await change(store, lambda c: c.add_tenant(ACME))
         with pytest.raises(ServeError, match="'acme' already exists") as caught:
             await change(store, lambda c: c.add_tenant(ACME))
         assert caught.value.status == 409
 
-    with_store(tmp_path, work)
+    place.with_store(work)
 
 
-def test_revoking_twice_keeps_the_first_time(tmp_path: Path) -> None:
+def test_revoking_twice_keeps_the_first_time(place: Place) -> None:
     async def work(store: Store) -> int | None:
         await change(store, lambda c: c.add_tenant(ACME), lambda c: c.add_key(key("k1")))
         for now, already in ((5, False), (9, True)):
@@ -116,19 +105,19 @@ def test_revoking_twice_keeps_the_first_time(tmp_path: Path) -> None:
             assert (revoked.revoked_at, found) == (5, already)
         return (await store.keys())[0].revoked_at
 
-    assert with_store(tmp_path, work) == 5
+    assert place.with_store(work) == 5
 
 
-def test_disabled_tenant_gets_no_new_key(tmp_path: Path) -> None:
+def test_disabled_tenant_gets_no_new_key(place: Place) -> None:
     async def work(store: Store) -> None:
         await change(store, lambda c: c.add_tenant(ACME), lambda c: c.disable_tenant("acme"))
         with pytest.raises(ServeError, match="was revoked"):
             await change(store, lambda c: c.add_key(key("k1")))
 
-    with_store(tmp_path, work)
+    place.with_store(work)
 
 
-def test_acts_come_newest_first_and_in_pages(tmp_path: Path) -> None:
+def test_acts_come_newest_first_and_in_pages(place: Place) -> None:
     async def work(store: Store) -> list[str]:
         for n in range(5):
             act = Act(n, "me", "tenant.create", f"t{n}", "here", {"n": n})
@@ -136,7 +125,7 @@ def test_acts_come_newest_first_and_in_pages(tmp_path: Path) -> None:
         first = await store.acts(2)
         return [a.subject for a in first + await store.acts(9, before=first[-1].id)]
 
-    assert with_store(tmp_path, work) == ["t4", "t3", "t2", "t1", "t0"]
+    assert place.with_store(work) == ["t4", "t3", "t2", "t1", "t0"]
 
 
 def test_new_keys_have_the_promised_form() -> None:
