@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
-from vitalis_serve.store.database import migrate, open_database, writing
+from vitalis_serve.store.database import migrate, open_database, sqlite_engine, writing
+from vitalis_serve.store.postgres import postgres_engine
 from vitalis_serve.store.records import Store
 
 from tests.support import postgres
@@ -54,13 +55,17 @@ class Place:
         return asyncio.run(run())
 
     def migrate(self, revision: str) -> None:
-        """Opens the store, which brings it to the newest schema, and then to `revision`."""
+        """From whichever schema there is, without passing the newest, as opening would."""
 
-        async def work(engine: AsyncEngine) -> None:
-            async with writing(engine) as connection:
-                await connection.run_sync(migrate, revision)
+        async def run() -> None:
+            engine = postgres_engine(self.url, 5) if self.url else sqlite_engine(self.path)
+            try:
+                async with writing(engine) as connection:
+                    await connection.run_sync(migrate, revision)
+            finally:
+                await engine.dispose()
 
-        self.with_engine(work)
+        asyncio.run(run())
 
     def run(self, *statements: str) -> list[tuple[Any, ...]]:
         """Each as a transaction of its own, by the driver alone. Returns the last one's rows."""

@@ -50,7 +50,7 @@ async def open_database(path: Path, url: str = "", seconds: float = 5) -> AsyncE
         return postgres_engine(url, seconds)
     with start_errors(str(path), _SQLITE_REMEDY):
         await asyncio.to_thread(_try_opening, path)
-        return await _migrated(_engine(path), keep=True)
+        return await _migrated(sqlite_engine(path), keep=True)
 
 
 async def _migrated(engine: AsyncEngine, *, keep: bool) -> AsyncEngine:
@@ -183,7 +183,8 @@ def _try_opening(path: Path) -> None:
         connection.close()
 
 
-def _engine(path: Path) -> AsyncEngine:
+def sqlite_engine(path: Path) -> AsyncEngine:
+    """Opens the file when it is first used, and leaves its schema as it is."""
     engine = create_async_engine(f"sqlite+aiosqlite:///{path}", connect_args={"timeout": BUSY_SECONDS})
     event.listen(engine.sync_engine, "connect", _connected)
     event.listen(engine.sync_engine, "begin", _begin)
