@@ -1,14 +1,13 @@
 """What keys, tenants and routes may use: requests and tokens per minute, requests at once, tokens per day and month.
 
-A request reserves an estimate under all its subjects or under none, and settles to what it used. Minutes are token
-buckets that settlement may push into debt; days and months are UTC's. Pure: `now` is monotonic seconds, `wall` Unix
-seconds.
+A request reserves an estimate under all its subjects or under none, and settles to what it used, be it more. Minutes
+are token buckets, days and months UTC's. Pure: `now` is monotonic seconds, `wall` Unix seconds.
 """
 
 import time
 from calendar import timegm
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from math import ceil, floor, inf
 from typing import Final
 
@@ -16,12 +15,15 @@ import msgspec
 
 from vitalis_serve.errors import ServeError
 
+MINUTE: Final = 60.0
 DAY: Final = 86_400
 LONGEST_MONTH: Final = 31 * DAY
-# What float rounding may leave of the one request that a bucket must hold.
-_ONE: Final = 1 - 1e-6
-_EXPIRE_ROUND: Final = 64
-_MILLISECONDS: Final = ("0s", *(f"{n}ms" for n in range(1, 1000)))
+# Seconds. Above what floats lose at the monotonic clock of a machine that has been up for years.
+_EPSILON: Final = 1e-7
+_LOOKED_AT: Final = 64
+_PERIODS: Final = ("day", "month")
+_MILLISECONDS: Final = ("0s", *(f"{n}ms" for n in range(1, 1000)), "1s")
+_SECONDS: Final = (*(f"{n}s" for n in range(60)), "1m0s")
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -49,8 +51,8 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Standing(msgspec.Struct, frozen=True, array_like=True):
-    """How a request that was let in stands. headers: whole lines `x-ratelimit-*`, as OpenAI's; b"" where no limit by
-    the minute applies."""
+    """How a request that was let in stands. headers: whole lines `x-ratelimit-*` as OpenAI's, of the key or tenant
+    with the least left; b"" where neither has a limit by the minute."""
 
     headers: bytes = b""
 
@@ -59,108 +61,116 @@ class _Calendar:
     """Which UTC day and month budgets are counted in.
 
     A clock that is set back does not open a day again: the later one goes on, until a day's (or month's) time has
-    passed by the monotonic clock. So no set clock gives a budget twice, nor stops one for ever.
+    passed by the monotonic clock. So a clock set to and fro gives no budget twice, and one set right stops none.
     """
 
-    __slots__ = ("_day_since", "_month_begins", "_month_since", "begins", "day", "ends", "month", "month_ends")
+    __slots__ = ("_day_since", "_month_since", "begins", "day", "ends", "month", "month_ends")
 
     def __init__(self) -> None:
-        self.day = self.month = 0
-        self.begins, self.ends = inf, -inf
-        self._month_begins, self.month_ends = inf, -inf
+        self.day = self.month = -1
+        self.begins, self.ends, self.month_ends = inf, -inf, -inf
         self._day_since = self._month_since = inf
 
     def look(self, now: float, wall: float) -> None:
-        """To be called where `wall` is not between `begins` and `ends`. `now`: inf where it is not known."""
-        self._day_since = min(self._day_since, now)
-        self._month_since = min(self._month_since, now)
-        if wall >= self.ends or now - self._day_since >= DAY:
-            self.day = floor(wall / DAY)
-            self.begins, self.ends, self._day_since = self.day * DAY, self.day * DAY + DAY, now
-            if wall >= self.month_ends or now - self._month_since >= LONGEST_MONTH:
-                date = time.gmtime(wall)
-                self.month = date.tm_year * 12 + date.tm_mon
-                self._month_begins = timegm((date.tm_year, date.tm_mon, 1, 0, 0, 0))
-                self.month_ends = timegm((date.tm_year, date.tm_mon + 1, 1, 0, 0, 0))
-                self._month_since = now
+        """To be called where `wall` is not from `begins` until `ends`. now: inf where it is not known."""
+        self._day_since, self._month_since = min(self._day_since, now), min(self._month_since, now)
+        if wall < self.ends and now - self._day_since < DAY:
+            return
+        self.day = floor(wall / DAY)
+        self.begins, self.ends, self._day_since = self.day * DAY, self.day * DAY + DAY, now
+        if wall >= self.month_ends or now - self._month_since >= LONGEST_MONTH:
+            year, month, *_ = time.gmtime(wall)
+            self.month = year * 12 + month - 1
+            year, month = divmod(self.month + 1, 12)
+            self.month_ends, self._month_since = timegm((year, month + 1, 1, 0, 0, 0)), now
 
 
 class _Account:
-    """One subject's state. A limit that is not set is inf, with a rate of 0, so that no rule asks whether it is."""
+    """One subject's state.
+
+    A bucket is kept as the time at which it will be full again: a minute ahead it is empty, whatever its size, beyond
+    that in debt. Where there is no limit a request costs 0 seconds and the room is inf.
+    """
 
     __slots__ = (
-        "at", "concurrent", "concurrent_limit", "day", "day_limit", "day_spent", "hold_seconds", "month", "month_limit",
-        "month_spent", "name", "rates", "request_head", "requests", "requests_limit", "requests_rate", "reserved",
-        "shown", "token_head", "tokens", "tokens_limit", "tokens_rate",
+        "budget", "concurrent", "concurrent_limit", "day", "day_base", "day_limit", "hold_seconds", "month_base",
+        "month", "month_limit", "name", "rates", "request_cost", "requests_full", "requests_head",
+        "requests_room", "reserved", "shown", "spent", "token_cost", "tokens_full", "tokens_head",
+        "tokens_room",
     )  # fmt: skip
 
-    def __init__(self, name: str, now: float) -> None:
+    def __init__(self, name: str, rates: Rates, share: float, now: float) -> None:
         self.name = name
-        # What is left of a route's limit would show one tenant what the others do.
+        # What is left of a route's limit would tell a tenant what the others do.
         self.shown = not name.startswith("route:")
-        self.at = now
-        self.requests = self.tokens = inf
+        self.requests_full = self.tokens_full = now
+        self.request_cost = self.token_cost = 0.0
         self.concurrent = 0
-        self.reserved = 0  # tokens that requests in flight are expected to use
-        self.day = self.month = 0
-        self.day_spent = self.month_spent = 0
         self.hold_seconds = 0.0  # how long its requests run: moving average
+        self.reserved = 0  # tokens: the estimates of what is in flight
+        self.spent = self.day_base = self.month_base = 0  # tokens: ever, and before the day and the month
+        self.day = self.month = -1
+        self.allow(rates, share, now)
 
-    def allow(self, rates: Rates, share: float) -> None:
-        """Takes other limits. What is left of a minute stays, up to the new limit; spent budgets stay spent."""
+    def allow(self, rates: Rates, share: float, now: float) -> None:
+        """Other limits. What was left of a minute is still left, as far as the new limit has room for it; a bucket that
+        was full is full."""
         self.rates = rates
-        self.requests_limit = _part(rates.requests_per_minute, share)
-        self.tokens_limit = _part(rates.tokens_per_minute, share)
-        self.requests_rate = 0.0 if self.requests_limit == inf else self.requests_limit / 60
-        self.tokens_rate = 0.0 if self.tokens_limit == inf else self.tokens_limit / 60
-        self.requests = min(self.requests, self.requests_limit)
-        self.tokens = min(self.tokens, self.tokens_limit)
+        limit = _part(rates.requests_per_minute, share)
+        self.requests_full = _moved(self.requests_full, self.request_cost, limit, now)
+        self.request_cost = MINUTE / limit
+        self.requests_room = inf if limit == inf else MINUTE - self.request_cost + _EPSILON
+        self.requests_head = f"x-ratelimit-limit-requests: {limit}\r\nx-ratelimit-remaining-requests: "
+        limit = _part(rates.tokens_per_minute, share)
+        self.tokens_full = _moved(self.tokens_full, self.token_cost, limit, now)
+        self.token_cost = MINUTE / limit
+        self.tokens_room = inf if limit == inf else MINUTE - _EPSILON
+        self.tokens_head = f"x-ratelimit-limit-tokens: {limit}\r\nx-ratelimit-remaining-tokens: "
         self.concurrent_limit = _part(rates.concurrent, share)
         self.day_limit = _part(rates.tokens_per_day, share)
         self.month_limit = _part(rates.tokens_per_month, share)
-        self.request_head = _head("requests", self.requests_limit)
-        self.token_head = _head("tokens", self.tokens_limit)
-
-    def refill(self, now: float) -> None:
-        elapsed = now - self.at
-        if elapsed > 0:
-            self.at = now
-            level = self.requests + elapsed * self.requests_rate
-            self.requests = min(self.requests_limit, level)
-            level = self.tokens + elapsed * self.tokens_rate
-            self.tokens = min(self.tokens_limit, level)
+        self._draw_up()
 
     def turn(self, calendar: _Calendar) -> None:
-        if self.day != calendar.day:
-            self.day, self.day_spent = calendar.day, 0
+        """To be called where `day` is not the calendar's; months begin with days."""
+        self.day, self.day_base = calendar.day, self.spent
         if self.month != calendar.month:
-            self.month, self.month_spent = calendar.month, 0
+            self.month, self.month_base = calendar.month, self.spent
+        self._draw_up()
 
-    @property
-    def is_idle(self) -> bool:
-        """Nothing in flight and full: a new account would be the same, but for what was spent."""
-        return not self.concurrent and self.requests == self.requests_limit and self.tokens == self.tokens_limit
+    def know(self, day_spent: int, month_spent: int) -> None:
+        """That at least so much was spent in its day and month."""
+        self.day_base = min(self.day_base, self.spent - day_spent)
+        self.month_base = min(self.month_base, self.spent - month_spent)
+        self._draw_up()
+
+    def _draw_up(self) -> None:
+        self.budget = min(self.day_base + self.day_limit, self.month_base + self.month_limit)
+
+    def is_idle(self, now: float) -> bool:
+        """Nothing in flight and all buckets full: a new one would be the same but for what was spent."""
+        return not self.concurrent and self.requests_full <= now and self.tokens_full <= now
 
 
 class Limits:
-    """The accounts of all subjects. One owner; holders are whatever names a request uniquely.
+    """The accounts of all subjects; one owner's. Holders are whatever names a request uniquely.
 
-    share: this owner's part of every limit (at least 1 is left of each), where several hosts serve the same subjects.
+    share: the owner's part of every limit, where several hosts serve the same subjects. At least 1 is left of each.
     """
 
-    __slots__ = ("_accounts", "_calendar", "_held", "_past", "_share", "_turn")
+    __slots__ = ("_accounts", "_calendar", "_held", "_past", "_share", "_turns")
 
     def __init__(self, share: float = 1.0) -> None:
         self._share = share
         self._calendar = _Calendar()
         self._accounts: dict[str, _Account] = {}
-        self._turn: deque[_Account] = deque()  # all accounts, in the order in which `expire` looks at them
+        self._turns: deque[_Account] = deque()  # all accounts, the next that `expire` looks at first
         self._held: dict[Hashable, tuple[list[_Account], int, float]] = {}
-        # What subjects without an account have spent: day, its tokens, month, its tokens.
+        # What subjects without an account have spent: the day, its tokens, the month, its tokens.
         self._past: dict[str, tuple[int, int, int, int]] = {}
 
     def __len__(self) -> int:
-        """Subjects with an account."""
+        """Subjects that have an account."""
         return len(self._accounts)
 
     @property
@@ -168,206 +178,247 @@ class Limits:
         return len(self._held)
 
     def reserve(self, claim: Claim, holder: Hashable, now: float, wall: float) -> Standing:
-        """Takes what the claim asks for from all its subjects. ServeError budget_spent, concurrency_limit,
-        tokens_limit or requests_limit where one of them has no room: then nothing was taken."""
+        """Takes what the claim asks for from all its subjects.
+
+        ServeError budget_spent, concurrency_limit, tokens_limit or requests_limit where one has no room; then nothing
+        was taken from any. The rule that says so is the one with the longest wait, budgets before all others.
+        """
         assert holder not in self._held, "a holder reserves once"
-        accounts, refused = self._find(claim, now, wall)
+        fits = True
+        accounts = self._find(claim, now, wall)
         for one in accounts:
-            one.refill(now)
             if (
-                one.requests < _ONE
-                or one.tokens <= 0
+                one.requests_full - now > one.requests_room
+                or one.tokens_full - now >= one.tokens_room
                 or one.concurrent >= one.concurrent_limit
-                or one.day_spent + one.reserved >= one.day_limit
-                or one.month_spent + one.reserved >= one.month_limit
+                or one.spent + one.reserved >= one.budget
             ):
-                refused = True
-        if refused:
-            raise self._refusal(accounts, wall)
+                fits = False
+        if not fits:
+            raise _refusal(accounts, self._calendar, self._share, now, wall)
+        tokens = claim.tokens
         for one in accounts:
-            one.requests -= 1
-            one.tokens -= claim.tokens
             one.concurrent += 1
-            one.reserved += claim.tokens
-        self._held[holder] = (accounts, claim.tokens, now)
-        return Standing(_headers(accounts))
+            one.reserved += tokens
+            if one.request_cost:
+                full = one.requests_full
+                one.requests_full = (full if full > now else now) + one.request_cost  # noqa: FURB136 - half the time
+            if one.token_cost:
+                full = one.tokens_full
+                one.tokens_full = (full if full > now else now) + tokens * one.token_cost  # noqa: FURB136
+        self._held[holder] = (accounts, tokens, now)
+        return Standing(_headers(accounts, now))
 
     def adopt(self, claim: Claim, holder: Hashable, now: float, wall: float) -> None:
-        """Takes over a request that another owner let in: never refused, and never into debt, as most of what it took
-        there has come back since. Does nothing for one that is held already."""
+        """Takes over a request that another owner let in: never refused, and no debt, because the minute that it began
+        in may be long past. Does nothing for one that is held already."""
         if holder in self._held:
             return
-        accounts, _ = self._find(claim, now, wall)
+        accounts = self._find(claim, now, wall)
         for one in accounts:
-            one.refill(now)
-            one.requests -= min(1, max(0, one.requests))
-            one.tokens -= min(claim.tokens, max(0, one.tokens))
             one.concurrent += 1
             one.reserved += claim.tokens
+            empty = now + MINUTE
+            full = max(one.requests_full, now)
+            one.requests_full = max(full, min(full + one.request_cost, empty))
+            full = max(one.tokens_full, now)
+            one.tokens_full = max(full, min(full + claim.tokens * one.token_cost, empty))
         self._held[holder] = (accounts, claim.tokens, now)
 
     def settle(self, holder: Hashable, tokens: int | None, now: float, wall: float) -> None:
-        """The request has ended and used so many tokens (None: the estimate is all that is known). They count in the
+        """The request has ended and used so many tokens (None: nothing but the estimate is known), which count in the
         day and month of `wall`. Does nothing for a holder that is not known."""
         held = self._held.pop(holder, None)
         if held is None:
             return
         accounts, estimate, since = held
+        calendar = self._calendar
+        if not calendar.begins <= wall < calendar.ends:
+            self._look(now, wall)
         used = estimate if tokens is None else tokens
-        self._look(now, wall)
+        more = used - estimate
         for one in accounts:
-            one.refill(now)
-            one.turn(self._calendar)
-            one.tokens = min(one.tokens + (estimate - used), one.tokens_limit)
+            if one.day != calendar.day:
+                one.turn(calendar)
             one.concurrent -= 1
             one.reserved -= estimate
-            one.day_spent += used
-            one.month_spent += used
-            one.hold_seconds += (now - since - one.hold_seconds) / 8
+            one.spent += used
+            one.hold_seconds += (now - since - one.hold_seconds) * 0.125
+            full = one.tokens_full
+            one.tokens_full = (now if more > 0 and full < now else full) + more * one.token_cost
 
     def release(self, holder: Hashable, now: float, wall: float) -> None:
-        """The request never ran: all that it took is given back. Does nothing for a holder that is not known."""
+        """The request never ran: gives back all that it took. Does nothing for a holder that is not known."""
         held = self._held.pop(holder, None)
         if held is None:
             return
         accounts, estimate, _ = held
-        self._look(now, wall)
         for one in accounts:
-            one.refill(now)
-            one.tokens = min(one.tokens + estimate, one.tokens_limit)
-            one.requests = min(one.requests + 1, one.requests_limit)
             one.concurrent -= 1
             one.reserved -= estimate
+            one.requests_full -= one.request_cost
+            one.tokens_full -= estimate * one.token_cost
 
     def seed(self, spent: Mapping[str, tuple[int, int]], wall: float) -> None:
-        """What subjects have spent already in the day and the month of `wall`. What is known of them here is a part of
-        that: the larger counts."""
-        self._look(inf, wall)
-        calendar = self._calendar
-        for name, (day, month) in spent.items():
-            one = self._accounts.get(name)
-            if one is not None:
-                one.turn(calendar)
-                one.day_spent, one.month_spent = max(one.day_spent, day), max(one.month_spent, month)
-            else:
-                self._past[name] = (calendar.day, day, calendar.month, month)
-
-    def expire(self, now: float) -> None:
-        """Forgets subjects that are idle. Looks at a few at a time: call it about once a second."""
-        turn = self._turn
-        for _ in range(min(len(turn), len(turn) // 64 + _EXPIRE_ROUND)):
-            one = turn.popleft()
-            one.refill(now)
-            if not one.is_idle:
-                turn.append(one)
-                continue
-            del self._accounts[one.name]
-            if one.month_spent:
-                self._past[one.name] = (one.day, one.day_spent, one.month, one.month_spent)
-
-    def _look(self, now: float, wall: float) -> None:
+        """What subjects have spent already in the day and the month of `wall`; all that they did, so that it may be
+        said again: where more is known here, that counts."""
         calendar = self._calendar
         if not calendar.begins <= wall < calendar.ends:
-            calendar.look(now, wall)
+            self._look(inf, wall)
+        for name, (day_spent, month_spent) in spent.items():
+            one = self._accounts.get(name)
+            if one is None:
+                self._past[name] = (calendar.day, day_spent, calendar.month, month_spent)
+                continue
+            if one.day != calendar.day:
+                one.turn(calendar)
+            one.know(day_spent, month_spent)
 
-    def _find(self, claim: Claim, now: float, wall: float) -> tuple[list[_Account], bool]:
-        self._look(now, wall)
+    def expire(self, now: float) -> None:
+        """Forgets accounts that are idle, all but what they spent this month. Looks at some of them: call it about
+        once a second."""
+        for _ in range(min(len(self._turns), len(self._turns) // 256 + _LOOKED_AT)):
+            one = self._turns.popleft()
+            if not one.is_idle(now):
+                self._turns.append(one)
+                continue
+            del self._accounts[one.name]
+            if one.spent > one.month_base and one.month == self._calendar.month:
+                self._past[one.name] = (one.day, one.spent - one.day_base, one.month, one.spent - one.month_base)
+
+    def _find(self, claim: Claim, now: float, wall: float) -> list[_Account]:
+        """The accounts of a claim's subjects, with the limits of the claim and the day of `wall`."""
+        calendar = self._calendar
+        if not calendar.begins <= wall < calendar.ends:
+            self._look(now, wall)
+        day = calendar.day
         found = []
         for subject in claim.subjects:
             one = self._accounts.get(subject.name)
             if one is None:
                 one = self._open(subject, now)
             elif one.rates is not subject.rates and one.rates != subject.rates:
-                one.refill(now)
-                one.allow(subject.rates, self._share)
-            one.turn(self._calendar)
+                one.allow(subject.rates, self._share, now)
+            if one.day != day:
+                one.turn(calendar)
             found.append(one)
-        return found, False
+        return found
+
+    def _look(self, now: float, wall: float) -> None:
+        month = self._calendar.month
+        self._calendar.look(now, wall)
+        if self._calendar.month != month:
+            self._past = {}
 
     def _open(self, subject: Subject, now: float) -> _Account:
-        one = self._accounts[subject.name] = _Account(subject.name, now)
-        self._turn.append(one)
-        one.allow(subject.rates, self._share)
-        past = self._past.pop(subject.name, None)
-        if past is not None:
-            one.day, one.day_spent, one.month, one.month_spent = past
+        one = self._accounts[subject.name] = _Account(subject.name, subject.rates, self._share, now)
+        self._turns.append(one)
+        one.turn(self._calendar)
+        day, day_spent, month, month_spent = self._past.pop(subject.name, (-1, 0, -1, 0))
+        one.know(day_spent if day == one.day else 0, month_spent if month == one.month else 0)
         return one
-
-    def _refusal(self, accounts: list[_Account], wall: float) -> ServeError:
-        refusals = [refusal for one in accounts for refusal in _refusals(one, self._calendar, wall)]
-        _, wait, code, message = max(refusals, key=lambda refusal: refusal[:2])
-        error = ServeError(code, message, retry_after=max(1, min(60, ceil(wait))))
-        error.headers = _headers(accounts)
-        return error
 
 
 def _part(limit: int | None, share: float) -> float:
     """An owner's part of a limit; inf for none."""
     if limit is None:
         return inf
-    return limit if share == 1 else max(1, floor(limit * share + 1e-6))
+    return max(1, limit if share == 1 else floor(limit * share + 1e-6))
 
 
-def _head(kind: str, limit: float) -> str:
-    return "" if limit == inf else f"x-ratelimit-limit-{kind}: {limit}\r\nx-ratelimit-remaining-{kind}: "
+def _moved(full: float, cost: float, limit: float, now: float) -> float:
+    """When a bucket will be full under another limit, of which no more is left than was under the old."""
+    if full <= now or not cost or limit == inf:
+        return now
+    return now + MINUTE - min(limit, (now + MINUTE - full) / cost) * (MINUTE / limit)
 
 
 def duration(seconds: float) -> str:
     """As OpenAI writes it: `12ms`, `1s`, `6m0s`, `1h0m0s`. Rounded up."""
-    milliseconds = ceil(seconds * 1000 - 1e-6)
-    if milliseconds < 1000:
-        return _MILLISECONDS[max(milliseconds, 0)]
-    minutes, rest = divmod(ceil(seconds - 1e-6), 60)
-    if not minutes:
-        return f"{rest}s"
+    if seconds < 1:
+        return _MILLISECONDS[ceil(seconds * 1000 - 1e-3)] if seconds > 0 else "0s"
+    whole = ceil(seconds - 1e-6)
+    if whole <= 60:
+        return _SECONDS[whole]
+    minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
 
 
-def _headers(accounts: list[_Account]) -> bytes:
-    shown = [one for one in accounts if one.shown]
+def _headers(accounts: list[_Account], now: float) -> bytes:
+    by_requests = by_tokens = None
+    requests = tokens = inf
+    for one in accounts:
+        if not one.shown:
+            continue
+        if one.request_cost:
+            ahead = one.requests_full - now
+            left = (MINUTE - ahead if ahead > 0 else MINUTE) / one.request_cost
+            if left < requests:
+                requests, by_requests = left, one
+        if one.token_cost:
+            ahead = one.tokens_full - now
+            left = (MINUTE - ahead if ahead > 0 else MINUTE) / one.token_cost
+            if left < tokens:
+                tokens, by_tokens = left, one
     lines = ""
-    by_requests = min(shown, key=lambda one: one.requests, default=None)
-    if by_requests is not None and by_requests.requests_rate:
-        reset = (by_requests.requests_limit - by_requests.requests) / by_requests.requests_rate
-        left = max(0, int(by_requests.requests + 1e-6))
-        lines += f"{by_requests.request_head}{left}\r\nx-ratelimit-reset-requests: {duration(reset)}\r\n"
-    by_tokens = min(shown, key=lambda one: one.tokens, default=None)
-    if by_tokens is not None and by_tokens.tokens_rate:
-        reset = (by_tokens.tokens_limit - by_tokens.tokens) / by_tokens.tokens_rate
-        left = max(0, int(by_tokens.tokens + 1e-6))
-        lines += f"{by_tokens.token_head}{left}\r\nx-ratelimit-reset-tokens: {duration(reset)}\r\n"
+    if by_requests is not None:
+        whole, reset = int(requests + 1e-3) if requests > 0 else 0, duration(by_requests.requests_full - now)
+        lines = f"{by_requests.requests_head}{whole}\r\nx-ratelimit-reset-requests: {reset}\r\n"
+    if by_tokens is not None:
+        whole, reset = int(tokens + 1e-3) if tokens > 0 else 0, duration(by_tokens.tokens_full - now)
+        lines += f"{by_tokens.tokens_head}{whole}\r\nx-ratelimit-reset-tokens: {reset}\r\n"
     return lines.encode()
 
 
-def _refusals(one: _Account, calendar: _Calendar, wall: float) -> list[tuple[bool, float, str, str]]:
-    """Which of an account's rules refuse: whether for good, seconds to wait, code, message."""
-    kind, _, name = one.name.partition(":")
-    whose = f"The {kind} `{name}`"
-    rates = one.rates
-    made: list[tuple[bool, float, str, str]] = []
-    for spent, limit, asked, period, ends in (
-        (one.day_spent, one.day_limit, rates.tokens_per_day, "day", calendar.ends),
-        (one.month_spent, one.month_limit, rates.tokens_per_month, "month", calendar.month_ends),
-    ):
-        if spent + one.reserved >= limit:
-            until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ends))
-            text = f"{whose} has used its {_said(asked, limit)} tokens of this {period}; the next begins at {until}."
-            made.append((True, ends - wall, "budget_spent", text))
+def _refusal(accounts: list[_Account], calendar: _Calendar, share: float, now: float, wall: float) -> ServeError:
+    """Of all rules that have no room the one with the longest wait; a budget before any other."""
+    rules = [rule for one in accounts for rule in _without_room(one, calendar, now, wall)]
+    _, wait, code, one = max(rules, key=lambda rule: rule[:2])
+    message = f"The {one.name.replace(':', ' `', 1)}` {_complaint(one, code, wait, calendar, share)}"
+    error = ServeError("budget_spent" if code in _PERIODS else code, message, retry_after=max(1, min(60, ceil(wait))))
+    error.headers = _headers(accounts, now)
+    return error
+
+
+def _without_room(
+    one: _Account, calendar: _Calendar, now: float, wall: float
+) -> Iterator[tuple[bool, float, str, _Account]]:
+    """The rules of one account that refuse: whether it is a budget, seconds to wait, code or period, the account."""
+    used = one.spent + one.reserved
+    if used >= one.day_base + one.day_limit:
+        yield True, calendar.ends - wall, "day", one
+    if used >= one.month_base + one.month_limit:
+        yield True, calendar.month_ends - wall, "month", one
     if one.concurrent >= one.concurrent_limit:
-        text = f"{whose} may have {_said(rates.concurrent, one.concurrent_limit)} requests running at once, and has."
-        wait = one.hold_seconds / max(1, one.concurrent)
-        made.append((False, wait, "concurrency_limit", f"{text} Try again when one of them has ended."))
-    if one.tokens <= 0:
-        wait = floor(-one.tokens / one.tokens_rate) + 1
-        text = f"{whose} may use {_said(rates.tokens_per_minute, one.tokens_limit)} tokens per minute, and has used"
-        made.append((False, wait, "tokens_limit", f"{text} them. Try again in {duration(wait)}."))
-    if one.requests < _ONE:
-        wait = (1 - one.requests) / one.requests_rate
-        text = f"{whose} may send {_said(rates.requests_per_minute, one.requests_limit)} requests per minute, and has"
-        made.append((False, wait, "requests_limit", f"{text} sent them. Try again in {duration(wait)}."))
-    return made
+        yield False, one.hold_seconds / one.concurrent, "concurrency_limit", one
+    wait = one.tokens_full - now
+    if wait >= one.tokens_room:
+        # At the very time it is still empty.
+        yield False, floor(wait - MINUTE + 1e-6) + 1, "tokens_limit", one
+    wait = one.requests_full - now
+    if wait > one.requests_room:
+        yield False, wait - one.requests_room, "requests_limit", one
 
 
-def _said(limit: int | None, part: float) -> str:
-    return f"{limit}" if limit == part else f"{limit} ({part} on this host)"
+def _complaint(one: _Account, code: str, wait: float, calendar: _Calendar, share: float) -> str:
+    rates = one.rates
+    if code == "requests_limit":
+        limit = _said(rates.requests_per_minute, share)
+        return f"may send {limit} requests per minute, and has. Try again in {duration(wait)}."
+    if code == "tokens_limit":
+        limit = _said(rates.tokens_per_minute, share)
+        return f"may use {limit} tokens per minute, and has. Try again in {duration(wait)}."
+    if code == "concurrency_limit":
+        limit = _said(rates.concurrent, share)
+        return f"may have {limit} requests running at once, and has. Try again when one of them has ended."
+    if code == "day":
+        limit, ends = _said(rates.tokens_per_day, share), calendar.ends
+    else:
+        limit, ends = _said(rates.tokens_per_month, share), calendar.month_ends
+    until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(ends))
+    return f"has used its budget of {limit} tokens for this {code}. The next {code} begins at {until} UTC."
+
+
+def _said(limit: int | None, share: float) -> str:
+    return f"{limit}" if share == 1 else f"{limit} (here {_part(limit, share)})"
