@@ -11,7 +11,8 @@ from typing import Final
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vitalis_serve.control.access import Access
+from vitalis_serve.control.access import Access, permit
+from vitalis_serve.control.changes import PRINCIPAL
 from vitalis_serve.errors import ServeError
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,14 @@ class Guard:
     def _check(self, scope: Scope, authorization: bytes | None) -> None:
         peer = scope["client"][0] if scope.get("client") else "unknown"
         try:
-            self._access.check(authorization, peer, time.monotonic())
+            principal = self._access.check(authorization, peer, time.monotonic(), time.time())
         except ServeError as error:
             if error.code != "authentication_failures":  # those are as many as somebody likes
-                logger.warning("refused without the token", extra={"peer": peer, "path": scope["path"][:200]})
+                facts = {"peer": peer, "path": scope["path"][:200], "code": error.code}
+                logger.warning("refused without a credential of ours", extra=facts)
             raise
+        permit(principal, scope["method"], scope["path"])
+        scope[PRINCIPAL] = principal.name
 
 
 def _bounded(receive: Receive) -> Receive:

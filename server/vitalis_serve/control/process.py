@@ -24,6 +24,7 @@ from vitalis_serve.control.app import create_app
 from vitalis_serve.control.changes import Control
 from vitalis_serve.control.connections import BoundedProtocol
 from vitalis_serve.control.files import kept_secret, publish, stage
+from vitalis_serve.control.oidc import Issuers
 from vitalis_serve.control.options import ControlOptions
 from vitalis_serve.control.snapshots import Snapshots
 from vitalis_serve.control.supervision import Supervision
@@ -88,12 +89,15 @@ async def run(options: ControlOptions) -> None:
         closing.push_async_callback(store.close)
         snapshots = Snapshots(store, workers, options, cache_secret)
         workers.overtaken = snapshots.overtaken
+        snapshots.published = lambda contents: access.know(contents.keys)
+        issuers = _issuers(options, access, snapshots, workers)
         try:
             await snapshots.start()
             await workers.listen(Path(options.control_socket))
         except (ServeError, OSError) as error:
             raise StartError(f"control cannot start: {error}") from error
         closing.callback(asyncio.create_task(snapshots.follow()).cancel)
+        closing.callback(asyncio.create_task(issuers.run()).cancel)
         closing.callback(Path(options.control_socket).unlink, missing_ok=True)
         closing.callback(workers.close)
         app = create_app(Control(options, store, workers, snapshots, supervision), access)
@@ -110,6 +114,21 @@ async def run(options: ControlOptions) -> None:
         )
         with _address(Path(options.address_path), listener):
             await _Server(config, stop, supervision).serve(sockets=[listener])
+
+
+def _issuers(options: ControlOptions, access: Access, snapshots: Snapshots, workers: Workers) -> Issuers:
+    """Whose tokens are taken: told to the workers with each snapshot, and trusted here too."""
+    issuers = Issuers(options)
+
+    async def changed() -> None:
+        access.trust(issuers.current())
+        await snapshots.republish()
+
+    access.trust(issuers.current())
+    snapshots.issuers = issuers.documents
+    issuers.changed = changed
+    workers.unknown_kid = access.memory.on_unknown_kid = issuers.unknown_kid
+    return issuers
 
 
 class _Server(uvicorn.Server):

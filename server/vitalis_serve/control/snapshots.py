@@ -37,7 +37,7 @@ class Snapshots:
     """Serialises changes, one at a time.
 
     `issuers`: whose tokens are taken, as `gateway/keys.py` reads them; asked for each snapshot, so whoever changes what
-    it answers calls `republish`.
+    it answers calls `republish`. `published` hears what the workers get, each time before they do.
     """
 
     def __init__(self, store: Store, workers: Workers, options: ControlOptions, cache_secret: str) -> None:
@@ -54,6 +54,7 @@ class Snapshots:
         self._contents = Contents((), ())
         self._lock = asyncio.Lock()
         self.issuers: Callable[[], list[dict[str, Any]]] = list
+        self.published: Callable[[Contents], None] | None = None
         self.version = 0
 
     async def start(self) -> None:
@@ -168,6 +169,8 @@ class Snapshots:
     def _push(self, version: int, contents: Contents, body: bytes) -> None:
         self.version = version
         self._contents = contents
+        if self.published is not None:
+            self.published(contents)
         self._workers.push(version, msgspec.Raw(body))
 
     def _configured(self, tenant: str) -> dict[str, str | float]:

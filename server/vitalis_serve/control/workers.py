@@ -45,10 +45,12 @@ class _Link:
 
 class Workers:
     """The one owner of the connections. `overtaken` is awaited when a worker has a newer snapshot than we
-    do (the store was put back to an older copy): it must publish one that is newer still."""
+    do (the store was put back to an older copy): it must publish one that is newer still. `unknown_kid` is told the
+    issuer of a token whose key id a worker does not know."""
 
     def __init__(self) -> None:
         self.overtaken: Callable[[int], Awaitable[None]] | None = None
+        self.unknown_kid: Callable[[str], None] | None = None
         self._links: dict[str, _Link] = {}
         self._version = 0
         self._line = b""
@@ -185,4 +187,6 @@ class Workers:
             told = self._told.get(int(message["id"]))
             if told is not None and not told.done():
                 told.set_result(message)
+        elif message["type"] == "unknown_kid" and self.unknown_kid is not None:
+            self.unknown_kid(str(message["issuer"]))
         self._tell()

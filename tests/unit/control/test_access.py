@@ -10,7 +10,7 @@ from vitalis_serve.errors import ServeError, StartError
 
 def code(access: Access, header: bytes | None, peer: str = "p", now: float = 0) -> str:
     try:
-        access.check(header, peer, now)
+        access.check(header, peer, now, wall=0)
     except ServeError as error:
         return error.code
     return "open"
