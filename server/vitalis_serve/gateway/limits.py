@@ -37,10 +37,12 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 class Subject(msgspec.Struct, frozen=True, array_like=True):
-    """Who is limited: `key:<id>`, `tenant:<name>` or `route:<name>`, and how much it may use as its snapshot says."""
+    """Who is limited: `key:<id>`, `tenant:<name>` or `route:<name>`, and how much it may use as its snapshot says.
+    tenant: whose it is; a route is nobody's."""
 
     name: str
     rates: Rates
+    tenant: str = ""
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True):
@@ -57,7 +59,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     headers: bytes = b""
 
 
-class _Calendar:
+class Calendar:
     """Which UTC day and month budgets are counted in.
 
     A clock that is set back does not open a day again: the later one goes on, until a day's (or month's) time has
@@ -85,7 +87,7 @@ class _Calendar:
             self.month_ends, self._month_since = timegm((year, month + 1, 1, 0, 0, 0)), now
 
 
-class _Account:
+class Account:
     """One subject's state.
 
     A bucket is kept as the time at which it will be full again: a minute ahead it is empty, whatever its size, beyond
@@ -131,7 +133,7 @@ class _Account:
         self.month_limit = _part(rates.tokens_per_month, share)
         self._draw_up()
 
-    def turn(self, calendar: _Calendar) -> None:
+    def turn(self, calendar: Calendar) -> None:
         """To be called where `day` is not the calendar's; months begin with days."""
         self.day, self.day_base = calendar.day, self.spent
         if self.month != calendar.month:
@@ -162,10 +164,10 @@ class Limits:
 
     def __init__(self, share: float = 1.0) -> None:
         self._share = share
-        self._calendar = _Calendar()
-        self._accounts: dict[str, _Account] = {}
-        self._turns: deque[_Account] = deque()  # all accounts, the next that `expire` looks at first
-        self._held: dict[Hashable, tuple[list[_Account], int, float]] = {}
+        self._calendar = Calendar()
+        self._accounts: dict[str, Account] = {}
+        self._turns: deque[Account] = deque()  # all accounts, the next that `expire` looks at first
+        self._held: dict[Hashable, tuple[list[Account], int, float]] = {}
         # What subjects without an account have spent: the day, its tokens, the month, its tokens.
         self._past: dict[str, tuple[int, int, int, int]] = {}
 
@@ -195,7 +197,7 @@ class Limits:
             ):
                 fits = False
         if not fits:
-            raise _refusal(accounts, self._calendar, self._share, now, wall)
+            raise refusal_of(accounts, self._calendar, self._share, now, wall)
         tokens = claim.tokens
         for one in accounts:
             one.concurrent += 1
@@ -207,7 +209,7 @@ class Limits:
                 full = one.tokens_full
                 one.tokens_full = (full if full > now else now) + tokens * one.token_cost  # noqa: FURB136
         self._held[holder] = (accounts, tokens, now)
-        return Standing(_headers(accounts, now))
+        return Standing(headers_of(accounts, now))
 
     def adopt(self, claim: Claim, holder: Hashable, now: float, wall: float) -> None:
         """Takes over a request that another owner let in: never refused, and no debt, because the minute that it began
@@ -286,7 +288,7 @@ class Limits:
             if one.spent > one.month_base and one.month == self._calendar.month:
                 self._past[one.name] = (one.day, one.spent - one.day_base, one.month, one.spent - one.month_base)
 
-    def _find(self, claim: Claim, now: float, wall: float) -> list[_Account]:
+    def _find(self, claim: Claim, now: float, wall: float) -> list[Account]:
         """The accounts of a claim's subjects, with the limits of the claim and the day of `wall`."""
         calendar = self._calendar
         if not calendar.begins <= wall < calendar.ends:
@@ -310,8 +312,8 @@ class Limits:
         if self._calendar.month != month:
             self._past = {}
 
-    def _open(self, subject: Subject, now: float) -> _Account:
-        one = self._accounts[subject.name] = _Account(subject.name, subject.rates, self._share, now)
+    def _open(self, subject: Subject, now: float) -> Account:
+        one = self._accounts[subject.name] = Account(subject.name, subject.rates, self._share, now)
         self._turns.append(one)
         one.turn(self._calendar)
         day, day_spent, month, month_spent = self._past.pop(subject.name, (-1, 0, -1, 0))
@@ -345,7 +347,8 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
 
 
-def _headers(accounts: list[_Account], now: float) -> bytes:
+def headers_of(accounts: list[Account], now: float) -> bytes:
+    """The lines of a `Standing`."""
     by_requests = by_tokens = None
     requests = tokens = inf
     for one in accounts:
@@ -371,19 +374,19 @@ def _headers(accounts: list[_Account], now: float) -> bytes:
     return lines.encode()
 
 
-def _refusal(accounts: list[_Account], calendar: _Calendar, share: float, now: float, wall: float) -> ServeError:
+def refusal_of(accounts: list[Account], calendar: Calendar, share: float, now: float, wall: float) -> ServeError:
     """Of all rules that have no room the one with the longest wait; a budget before any other."""
     rules = [rule for one in accounts for rule in _without_room(one, calendar, now, wall)]
     _, wait, code, one = max(rules, key=lambda rule: rule[:2])
     message = f"The {one.name.replace(':', ' `', 1)}` {_complaint(one, code, wait, calendar, share)}"
     error = ServeError("budget_spent" if code in _PERIODS else code, message, retry_after=max(1, min(60, ceil(wait))))
-    error.headers = _headers(accounts, now)
+    error.headers = headers_of(accounts, now)
     return error
 
 
 def _without_room(
-    one: _Account, calendar: _Calendar, now: float, wall: float
-) -> Iterator[tuple[bool, float, str, _Account]]:
+    one: Account, calendar: Calendar, now: float, wall: float
+) -> Iterator[tuple[bool, float, str, Account]]:
     """The rules of one account that refuse: whether it is a budget, seconds to wait, code or period, the account."""
     used = one.spent + one.reserved
     if used >= one.day_base + one.day_limit:
@@ -401,7 +404,7 @@ def _without_room(
         yield False, wait - one.requests_room, "requests_limit", one
 
 
-def _complaint(one: _Account, code: str, wait: float, calendar: _Calendar, share: float) -> str:
+def _complaint(one: Account, code: str, wait: float, calendar: Calendar, share: float) -> str:
     rates = one.rates
     if code == "requests_limit":
         limit = _said(rates.requests_per_minute, share)
