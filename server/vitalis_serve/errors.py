@@ -34,6 +34,7 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "no_ready_engine": (503, "overloaded_error"),
     "draining": (503, "overloaded_error"),
     "ledger_unavailable": (503, "overloaded_error"),
+    "limits_unavailable": (503, "overloaded_error"),
     "engine_unreachable": (502, "engine_error"),
     "engine_protocol": (502, "engine_error"),
     "first_token_timeout": (504, "timeout_error"),
