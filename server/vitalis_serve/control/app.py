@@ -17,7 +17,8 @@ from vitalis_serve.control import documents, schemas
 from vitalis_serve.control.access import Access
 from vitalis_serve.control.changes import Control
 from vitalis_serve.control.guard import Guard, error_response
-from vitalis_serve.control.routes import fleet, health, keys, tenants
+from vitalis_serve.control.refusals import reason
+from vitalis_serve.control.routes import fleet, health, imports, keys, limits, tenants
 from vitalis_serve.errors import ServeError
 
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
@@ -51,6 +52,8 @@ def create_app(control: Control, access: Access) -> FastAPI:
         fleet.explain_router(control),
         tenants.router(control),
         keys.router(control),
+        limits.router(control),
+        imports.router(control),
     ):
         app.include_router(router, responses=_ERRORS, dependencies=secured)
     app.add_middleware(Guard, access=access)
@@ -69,15 +72,13 @@ async def _invalid(_request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         return error_response(ServeError("invalid_json", "the body is not JSON"))
     where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
-    if where == "body":
-        reason = "send a JSON object, and with it `content-type: application/json`"
-    elif first["type"] == "missing":
-        reason = "this field is missing"
-    elif first["type"] == "extra_forbidden":
-        reason = "there is no such field"
+    if where != "body":
+        said = f"{where[:200]}: {reason(first)}"
+    elif first["type"] == "value_error":  # about the body as a whole
+        said = reason(first)
     else:
-        reason = first["msg"].removeprefix("Value error, ")
-    return error_response(ServeError("invalid_request", f"{where[:200]}: {reason}", param=where[:200]))
+        said = "body: send a JSON object, and with it `content-type: application/json`"
+    return error_response(ServeError("invalid_request", said, param=where[:200]))
 
 
 async def _http_error(_request: Request, error: Exception) -> JSONResponse:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
@@ -39,12 +39,19 @@ class Control:
         self.snapshots = snapshots
         self.supervision = supervision
 
-    async def change(self, act: Act, work: Callable[[Change], Awaitable[T]]) -> tuple[T, int, bool]:
-        """A change with its audit row, published; and whether the workers have it yet."""
+    def route_names(self) -> set[str]:
+        """Without routes of its own the gateway offers what the engines say that they serve."""
+        return {route.name for route in self.options.routes} or {*self.supervision.fleet.models}
+
+    async def change(
+        self, act: Act | Callable[[T], Iterable[Act]], work: Callable[[Change], Awaitable[T]]
+    ) -> tuple[T, int, bool]:
+        """A change with its audit rows (those of its result, where that tells), published; and whether the workers
+        have it yet."""
 
         async def recorded(change: Change) -> T:
             result = await work(change)
-            await change.record(act)
+            await change.record(*([act] if isinstance(act, Act) else act(result)))
             return result
 
         result, version = await self.snapshots.change(recorded)
@@ -84,4 +91,5 @@ def act(request: Request, action: str, subject: str, details: dict[str, Any] | N
     peer = f"{request.client.host}:{request.client.port}" if request.client else "unknown"
     agent = request.headers.get("user-agent", "")
     who = str(request.scope.get(PRINCIPAL) or _WHO)
-    return Act(int(time.time()), who[:128], action, subject[:128], f"{peer} {agent}"[:256].rstrip(), details or {})
+    subject = subject.replace("\0", "")[:128]
+    return Act(int(time.time()), who[:128], action, subject, f"{peer} {agent}"[:256].rstrip(), details or {})

@@ -1,6 +1,6 @@
 """The bodies of control's HTTP API, as its OpenAPI document shows them. Each refusal is one sentence."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -12,11 +12,15 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
+    model_validator,
 )
 
+from vitalis_serve.store.rates import KINDS
 from vitalis_serve.store.records import CLASSES, SCOPES, nearest
 
+MOST: Final = 10**15  # of a limit
 _TEN_YEARS = 10 * 366 * 86_400
+_LONGEST_OVERLAP = 366 * 86_400
 
 
 def _class(value: str) -> str:
@@ -29,6 +33,27 @@ def _scope(value: str) -> str:
     if value not in SCOPES:
         raise ValueError(f"there is no scope {value!r}{nearest(value, SCOPES)}")
     return value
+
+
+def _kind(value: str) -> str:
+    if value not in KINDS:
+        raise ValueError(f"limits are those of a {', a '.join(KINDS[:-1])} or a {KINDS[-1]}, not of a {value!r}")
+    return value
+
+
+def _limit(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return inner(value)
+    except ValidationError:
+        raise ValueError(
+            f"{_shown(value)} is no limit: give a whole number from 1 to {MOST}, or null for no limit of this kind; to "
+            "shut someone out, revoke the key or tenant"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -72,12 +97,35 @@ Scope = Annotated[
     AfterValidator(_scope),
     WithJsonSchema({"type": "string", "enum": list(SCOPES)}),
 ]
-ShortText = Annotated[str, StringConstraints(max_length=128), said("give text of at most 128 characters")]
-Notes = Annotated[str, StringConstraints(max_length=1000), said("give text of at most 1000 characters")]
+# PostgreSQL stores no NUL.
+ShortText = Annotated[
+    str, StringConstraints(max_length=128, pattern=r"^[^\x00]*$"), said("give text of at most 128 characters")
+]
+Notes = Annotated[
+    str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$"), said("give text of at most 1000 characters")
+]
+Kind = Annotated[
+    str,
+    StringConstraints(max_length=64),
+    said(f"give one of {', '.join(KINDS)}"),
+    AfterValidator(_kind),
+    WithJsonSchema({"type": "string", "enum": list(KINDS)}),
+]
+Limit = Annotated[int, Field(ge=1, le=MOST, strict=True), WrapValidator(_limit)]
 Lifetime = Annotated[
     int,
     Field(ge=1, le=_TEN_YEARS),
     said(f"give a whole number of seconds from 1 to {_TEN_YEARS}, for example 7776000 for ninety days"),
+]
+Overlap = Annotated[
+    int,
+    Field(ge=0, le=_LONGEST_OVERLAP, description="So long the secret before opens too."),
+    said(f"give a whole number of seconds from 0 to {_LONGEST_OVERLAP}, for example 86400 for a day"),
+]
+FromNow = Annotated[
+    int,
+    Field(ge=0, le=_TEN_YEARS, description="From now; 0 ends it at once, null gives it no end."),
+    said(f"give a whole number of seconds from 0 to {_TEN_YEARS}, for example 7776000 for ninety days, or null"),
 ]
 Replicas = Annotated[int, Field(ge=0, le=1024), said("give a whole number from 0 to 1024")]
 RowCount = Annotated[int, Field(ge=1, le=1000), said("give a whole number from 1 to 1000")]
@@ -91,29 +139,81 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+class Rates(Body):
+    """Limits of a key, tenant or route; null or left out: none of that kind. Days and months are UTC."""
+
+    requests_per_minute: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    concurrent: Limit | None = None
+    tokens_per_day: Limit | None = None
+    tokens_per_month: Limit | None = None
+
+    def given(self) -> dict[str, int]:
+        return self.model_dump(exclude_none=True, include=set(Rates.model_fields))
+
+
+class SomeRates(Rates):
+    """Changes of limits: what is left out stays as it is."""
+
+    @model_validator(mode="after")
+    def says_something(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError(f"give at least one of {', '.join(Rates.model_fields)}")
+        return self
+
+
 class NewTenant(Body):
     name: Name
     notes: Notes = ""
+    limits: Rates = Rates()
+
+
+TenantName = Annotated[str, StringConstraints(max_length=64), said("give the name of a tenant, at most 64 characters")]
+Scopes = Annotated[
+    tuple[Scope, ...],
+    Field(min_length=1),
+    said(f"give a list of one or more of {', '.join(SCOPES)}"),
+    AfterValidator(_unique),
+]
+Routes = Annotated[
+    tuple[Annotated[str, StringConstraints(max_length=128)], ...],
+    Field(min_length=1, description='Names of routes, or ["*"] for all there are and will be.'),
+    said('give a list of routes\' names, or ["*"] for all'),
+    AfterValidator(_unique),
+]
 
 
 class NewKey(Body):
-    tenant: Annotated[str, StringConstraints(max_length=64), said("give the name of a tenant, at most 64 characters")]
+    tenant: TenantName
     name: ShortText = ""
     class_: Annotated[Class, Field(alias="class")] = "standard"
-    scopes: Annotated[
-        tuple[Scope, ...],
-        Field(min_length=1),
-        said(f"give a list of one or more of {', '.join(SCOPES)}"),
-        AfterValidator(_unique),
-    ] = ("inference",)
-    routes: Annotated[
-        tuple[str, ...],
-        Field(min_length=1, description='Names of routes, or ["*"] for all there are and will be.'),
-        said('give a list of routes\' names, or ["*"] for all'),
-        AfterValidator(_unique),
-    ] = ("*",)
+    scopes: Scopes = ("inference",)
+    routes: Routes = ("*",)
     notes: Notes = ""
     expires_in_seconds: Lifetime | None = None
+    limits: Rates = Rates()
+
+
+class KeyChanges(Body):
+    """What is left out stays as it is."""
+
+    name: ShortText = ""
+    class_: Annotated[Class, Field(alias="class")] = "standard"
+    scopes: Scopes = ("inference",)
+    routes: Routes = ("*",)
+    notes: Notes = ""
+    expires_in_seconds: FromNow | None = None
+
+    @model_validator(mode="after")
+    def says_something(self) -> Self:
+        if not self.model_fields_set:
+            names = [field.alias or name for name, field in KeyChanges.model_fields.items()]
+            raise ValueError(f"give at least one of {', '.join(names)}")
+        return self
+
+
+class Rotation(Body):
+    overlap_seconds: Overlap = 86_400
 
 
 class Scale(Body):
@@ -142,11 +242,27 @@ class Answer(BaseModel):
     model_config = ConfigDict(populate_by_name=True)
 
 
+class Limits(Answer):
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+
+
+class LimitsOf(Limits):
+    """Of the tenant or route of that name, or of the key of that id."""
+
+    kind: Literal["key", "tenant", "route"]
+    name: str
+
+
 class Tenant(Answer):
     name: str
     status: Literal["active", "disabled"]
     notes: str
     created_at: UnixSeconds
+    limits: Limits
 
 
 class Key(Answer):
@@ -161,6 +277,11 @@ class Key(Answer):
     created_at: UnixSeconds
     expires_at: UnixSeconds | None
     revoked_at: UnixSeconds | None
+    old_until: Annotated[
+        UnixSeconds | None, Field(description="Until then the secret before the last rotation opens too.")
+    ]
+    last_used_at: Annotated[UnixSeconds | None, Field(description="As far as the ledger has read.")]
+    limits: Limits
 
 
 class Applied(Answer):
@@ -184,6 +305,32 @@ class KeyRevoked(KeyChanged):
 
 class KeyCreated(KeyChanged):
     key: Annotated[str, Field(description="The whole key. It is stored nowhere and shown only here.")]
+
+
+class LimitsChanged(LimitsOf, Applied):
+    pass
+
+
+class AllLimits(Answer):
+    limits: list[LimitsOf]
+
+
+class Secret(Answer):
+    id: str
+    tenant: str
+    name: str
+    key: Annotated[str, Field(description="The whole key. It is stored nowhere and shown only here.")]
+
+
+class Imported(Applied):
+    """How many rows were added of each kind; skipped: were there already. secrets: of the keys that came without a
+    digest."""
+
+    tenants: int
+    keys: int
+    limits: int
+    skipped: int
+    secrets: list[Secret]
 
 
 class Tenants(Answer):

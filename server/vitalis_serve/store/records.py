@@ -17,6 +17,7 @@ from vitalis_serve.errors import ServeError
 from vitalis_serve.store import tables
 from vitalis_serve.store.database import open_database, store_errors, writing
 from vitalis_serve.store.rates import Rates, Subject, read_rates, write_rates
+from vitalis_serve.store.usage import Usage
 
 CLASSES: Final = ("emergency", "interactive", "standard", "batch")
 SCOPES: Final = ("inference", "debug", "metrics", "admin")
@@ -84,6 +85,7 @@ class Store:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self.usage = Usage(engine)
 
     @classmethod
     async def open(cls, path: Path, url: str = "", seconds: float = 5) -> "Store":
@@ -99,6 +101,13 @@ class Store:
         """A transaction: committed at the end of the block; nothing of it happened if the block raises."""
         with store_errors():
             async with writing(self._engine) as connection:
+                yield Change(connection)
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator["Change"]:
+        """For what changes nothing: it waits for no writer."""
+        with store_errors():
+            async with self._engine.connect() as connection:
                 yield Change(connection)
 
     async def check(self) -> None:
