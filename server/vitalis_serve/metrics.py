@@ -38,6 +38,8 @@ WORKER_METRICS: Final = (
     Metric("vitalis_breaker_open", "gauge", "1 while a circuit breaker keeps requests away.", ("replica",)),
     Metric("vitalis_breaker_openings_total", "counter", "How often a circuit breaker opened.", ("replica",)),
     Metric("vitalis_killers_refused_total", "counter", "Requests refused because they were there when engines died."),
+    Metric("vitalis_spool_unwritten_total", "counter", "Records of use that could not be written to the spool."),
+    Metric("vitalis_uncounted_total", "counter", "Requests that came while their use could not be recorded."),
     Metric("vitalis_estimate_error_tokens_total", "counter", "Tokens by which expected answers were wrong, summed."),
     Metric("vitalis_estimates_total", "counter", "Answers whose length was expected and is known."),
     Metric("vitalis_prompt_tokens_total", "counter", "Prompt tokens, as engines counted.", ("route",)),

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,16 @@ PREDICTABLE = {
 }  # fmt: skip
 
 
-def snapshot(version: int = 1, keys: list[dict[str, Any]] | None = None, routes: dict[str, str] | None = None) -> bytes:
-    """A snapshot with KEY in it; `keys` replaces that, each with "key" in clear."""
+def snapshot(
+    version: int = 1,
+    keys: list[dict[str, Any]] | None = None,
+    routes: dict[str, str] | None = None,
+    *,
+    tenants: Sequence[dict[str, Any]] = (),
+    route_rates: dict[str, Any] | None = None,
+    issuers: Sequence[dict[str, Any]] = (),
+) -> bytes:
+    """A snapshot with KEY in it; `keys` replaces that, each with "key" in clear. `route_rates`: limits of each route."""
     rows = []
     for row in keys if keys is not None else [{"id": "testkey00000", "key": KEY, "tenant": "test"}]:
         row = dict(row)
@@ -39,9 +47,10 @@ def snapshot(version: int = 1, keys: list[dict[str, Any]] | None = None, routes:
         rows.append({"scopes": ["inference"], "routes": ["*"], "class": "standard", "expires_at": None, **row})
     document = {
         "version": version,
-        "tenants": [],
+        "tenants": list(tenants),
         "keys": rows,
-        "routes": [{"name": n, "model": m} for n, m in (routes or {MODEL: MODEL}).items()],
+        "routes": [{"name": n, "model": m, "rates": route_rates} for n, m in (routes or {MODEL: MODEL}).items()],
+        "issuers": list(issuers),
     }
     return json.dumps(document).encode()
 

@@ -86,6 +86,7 @@ class Counters:
         self.open_contexts = 0
         self.client_connections = 0
         self.body_bytes = 0
+        self.uncounted = 0  # requests that came while their use could not be recorded
         self.loop_lag_seconds = 0.0
         self.shed: dict[str, int] = defaultdict(int)
         self.retries: dict[str, int] = defaultdict(int)

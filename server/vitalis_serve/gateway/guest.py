@@ -18,6 +18,7 @@ from vitalis_serve.fleet import TAKES_REQUESTS, Fleet
 from vitalis_serve.gateway import owner_line as said
 from vitalis_serve.gateway.admission import NO_ENGINE, Entered, Grant
 from vitalis_serve.gateway.breaker import Begun, State
+from vitalis_serve.gateway.limiting import GuestLimiting
 from vitalis_serve.gateway.owner_line import Line, Message
 from vitalis_serve.gateway.routing import Explanation, Policy, explain
 from vitalis_serve.gateway.seats import CLASSES, Demand, Seat
@@ -53,6 +54,7 @@ class GuestAdmission:
         queue_seconds: float,
         cold: bool,
         others: Callable[[Message], None],
+        limiting: GuestLimiting,
     ) -> None:
         self.routing = routing
         self._worker = worker
@@ -61,6 +63,7 @@ class GuestAdmission:
         self._queue_seconds = queue_seconds
         self._cold = cold
         self._others = others
+        self._limiting = limiting
         self._line: Line | None = None
         self._lost = asyncio.Event()
         self._leaving = False
@@ -232,12 +235,14 @@ class GuestAdmission:
             if asked.seat is not None
         ]
         line.say(said.Hello(self._worker, held))
+        self._limiting.introduce(line)
         for asked in self._waiting.values():
             line.say(said.Enter(asked.demand))
 
     def _on_lost(self, line: Line) -> None:
         if self._line is line:
             self._line = None
+            self._limiting.lost()
             self.breakers.states = {}
         self._lost.set()
 
@@ -253,6 +258,8 @@ class GuestAdmission:
                     asked.relay.on_refused(
                         ServeError(message.code, message.message, retry_after=message.retry_after or None)
                     )
+            case said.Reserved() | said.Unreserved():
+                self._limiting.hear(message)
             case said.Troubles():
                 self.breakers.states = {name: State(state) for name, state in message.states.items()}
             case _:

@@ -31,7 +31,7 @@ class Intake:
 
     __slots__ = (
         "_affinity", "_salt", "_session", "answers", "body", "class_", "fallbacks", "key", "max_tokens", "model",
-        "question", "route", "sequences", "weight",
+        "question", "route", "sequences", "subjects", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -59,7 +59,7 @@ class Intake:
         route, policy = use.route, use.policy
         self.key, self.route, self.class_ = key, route.name, use.class_
         self.model, self.fallbacks, self._salt = route.model, route.fallbacks, use.salt
-        self.weight = use.weight
+        self.weight, self.subjects = use.weight, use.subjects
         self._affinity = self._session = 0
         if choices or policy is not None:
             session = headers.get(SESSION, b"")

@@ -39,7 +39,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     admission_socket: str = ""  # where the first worker is asked by the others
     total_seconds: float = 1800
     spool_folder: str = ""  # "" records nothing
-    spool_segment_bytes: int = 8 << 20
+    spool_segment_bytes: int = 16 << 20
     spool_full: str = "refuse"  # or serve: what happens to new requests when their use cannot be recorded
     spent_path: str = ""  # what the ledger says of this day and month (`spool/spent.py`)
     limits_redis_url: str = ""  # "": limits are counted on this host

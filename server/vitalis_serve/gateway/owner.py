@@ -17,6 +17,7 @@ import msgspec
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway import owner_line as said
 from vitalis_serve.gateway.admission import NO_ENGINE, Admission
+from vitalis_serve.gateway.limiting import OwnerLimiting
 from vitalis_serve.gateway.owner_line import Line, Message
 from vitalis_serve.gateway.seats import Demand, Seat
 
@@ -87,8 +88,9 @@ class Distant:
 class _Guest:
     """Another worker: its connection, and what it has here."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, limiting: OwnerLimiting) -> None:
         self.line = line
+        self.limiting = limiting
         self.name = ""
         self.requests: dict[int, Distant] = {}
 
@@ -156,7 +158,8 @@ class Owner:
     # -- the lines
 
     def _on_made(self, line: Line) -> None:
-        self._guests[line] = _Guest(line)
+        state = self.state
+        self._guests[line] = _Guest(line, OwnerLimiting(line, state.counted, state.wall, state.counted_from))
         self._alone.clear()
         line.say(said.Troubles(self._troubles))
 
@@ -166,6 +169,7 @@ class Owner:
         # First who waits: what the others give back is for somebody who is still here.
         for request in sorted(guest.requests.values(), key=lambda request: request.seat is not None):
             self._gone(request)
+        guest.limiting.lost(self.state.now())
         if not self._guests:
             self._alone.set()
 
@@ -184,6 +188,8 @@ class Owner:
                     self._gone(known)
             case said.Settle():
                 self.admission.settle(message.tenant, message.class_, message.difference, message.weight)
+            case said.Reserve() | said.Settled() | said.Released() | said.Limited():
+                guest.limiting.hear(message, now)
             case said.Answered() | said.Failed():
                 known = guest.requests.get(message.waiter)
                 if known is not None and known.seat is not None:

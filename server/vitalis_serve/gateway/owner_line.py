@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from vitalis_serve.gateway.limits import Claim
 from vitalis_serve.gateway.seats import Demand
 
 MAX_BYTES: Final = 64 << 20
@@ -103,7 +104,68 @@ class Cleared(msgspec.Struct, array_like=True, tag=11, frozen=True):
     digest: bytes
 
 
-Message = Enter | Hello | First | Gone | Settle | Answered | Failed | Granted | Refused | Troubles | Noted | Cleared
+class Reserve(msgspec.Struct, array_like=True, tag=12, frozen=True):
+    """May this be, by its limits? `number`: the asking worker's, the same in all that follows."""
+
+    number: int
+    claim: Claim
+
+
+class Reserved(msgspec.Struct, array_like=True, tag=13, frozen=True):
+    """It may. `lines`: of the answer's head."""
+
+    number: int
+    lines: bytes
+
+
+class Unreserved(msgspec.Struct, array_like=True, tag=14, frozen=True):
+    """It may not, by the code of the error that its client is to get."""
+
+    number: int
+    code: str
+    message: str
+    retry_after: float
+    lines: bytes
+
+
+class Settled(msgspec.Struct, array_like=True, tag=15, frozen=True):
+    number: int
+    tokens: int
+
+
+class Released(msgspec.Struct, array_like=True, tag=16, frozen=True):
+    """No engine ever got it."""
+
+    number: int
+
+
+class Kept(msgspec.Struct, array_like=True, frozen=True):
+    """What an owner before this one let be, and still runs."""
+
+    number: int
+    claim: Claim
+
+
+class Late(msgspec.Struct, array_like=True, frozen=True):
+    """What ended while there was no owner, at `ended` (Unix seconds)."""
+
+    claim: Claim
+    tokens: int
+    ended: float
+
+
+class Limited(msgspec.Struct, array_like=True, tag=17, frozen=True):
+    """Of limits, the first word on a new connection."""
+
+    held: list[Kept]
+    late: list[Late]
+
+
+OfLimits = Reserve | Settled | Released | Limited
+Message = (
+    Enter | Hello | First | Gone | Settle | Answered | Failed | Granted | Refused | Troubles | Noted | Cleared
+    | Reserve | Reserved | Unreserved | Settled | Released | Limited
+)  # fmt: skip
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[Message]).decode
 

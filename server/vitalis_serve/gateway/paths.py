@@ -12,6 +12,7 @@ from typing import Final
 class Api:
     """One POST route of the engines. `dialect` tells how its errors, events and endings look."""
 
+    name: str
     path: bytes
     dialect: str  # chat, completions, responses, messages, guidance, plain
     streams: bool
@@ -19,7 +20,8 @@ class Api:
 
     @staticmethod
     def of(path: bytes, dialect: str, *, streams: bool) -> "Api":
-        return Api(path, dialect, streams, b"POST %b HTTP/1.1\r\nhost: engine\r\n" % path)
+        name = dialect if streams else path.rpartition(b"/")[2].decode()
+        return Api(name, path, dialect, streams, b"POST %b HTTP/1.1\r\nhost: engine\r\n" % path)
 
 
 GUIDANCE: Final = b"/emergency-guidance"
@@ -28,7 +30,9 @@ APIS: Final[dict[bytes, Api]] = {
     api.path: api
     for api in (
         CHAT,
-        Api(GUIDANCE, "guidance", True, CHAT.request_line),  # asked and answered as Vitalis' present callers do
+        Api(
+            "guidance", GUIDANCE, "guidance", True, CHAT.request_line
+        ),  # asked and answered as Vitalis' present callers do
         Api.of(b"/v1/completions", "completions", streams=True),
         Api.of(b"/v1/responses", "responses", streams=True),
         Api.of(b"/v1/messages", "messages", streams=True),

@@ -6,110 +6,84 @@ engine connection then calls `on_engine_*`. Until something was relayed the answ
 failure can still become another try or a proper status; from then on bytes pass as they come, and a failure
 becomes the API's own terminal event. Every way out goes through `_release`, which cannot wait.
 
-    receiving -> queued -> connecting -> waiting -> relaying -> done
+    receiving -> reserving -> queued -> connecting -> waiting -> relaying -> done
 """
 
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway import events, guidance, harmony, headers, replies, usage
-from vitalis_serve.gateway.access import Record
 from vitalis_serve.gateway.admission import NO_ENGINE
 from vitalis_serve.gateway.breaker import SICK
 from vitalis_serve.gateway.intake import Intake
 from vitalis_serve.gateway.killers import digest
-from vitalis_serve.gateway.paths import Api
+from vitalis_serve.gateway.limits import Claim
+from vitalis_serve.gateway.metering import Metered
 from vitalis_serve.gateway.retries import LOOKS_DEAD, may_retry
-from vitalis_serve.gateway.seats import CLASSES, Demand, cost
-from vitalis_serve.gateway.usage import Usage
+from vitalis_serve.gateway.seats import CLASSES
 
 if TYPE_CHECKING:
-    from vitalis_serve.gateway.keys import Key
+    from vitalis_serve.gateway.limits import Subject
     from vitalis_serve.gateway.pool import EngineConnection
     from vitalis_serve.gateway.protocol import ClientConnection
     from vitalis_serve.gateway.seats import Seat
     from vitalis_serve.gateway.state import WorkerState
 
-RECEIVING, QUEUED, CONNECTING, WAITING, RELAYING, DONE = range(6)
+RECEIVING, RESERVING, QUEUED, CONNECTING, WAITING, RELAYING, DONE = range(7)
 MAX_HELD_BYTES: Final = 1 << 20  # a plain answer larger than this is relayed while it comes
 DOUBT_SECONDS: Final = 2.0  # without a byte from the engine
 MAX_PREAMBLE_BYTES: Final = 16 << 20  # Responses repeats the whole request in its first event
 _RETRIED_STATUSES: Final = frozenset({500, 502, 503})
 # What the engine is told: lower goes first there. vLLM without priority scheduling takes no notice of it.
 PRIORITIES: Final = {class_: 10 * rank for rank, class_ in enumerate(CLASSES)}
+LEDGER_SECONDS: Final = 5  # until the next attempt, where what is used cannot be recorded
+_NO_LEDGER: Final = "What requests use cannot be recorded just now: there is no room on the disk."
 _NONE_YET: Final = b"\0"
 _EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 
 
-class Relay:
+class Relay(Metered):
     __slots__ = (
         "_attempt",
         "_choices",
         "_chunked",
         "_connection",
         "_deadline",
-        "_demand",
-        "_answers",
         "_died_at",
-        "_known",
-        "_marked",
         "_fallback",
         "_fallbacks",
         "_harmony_tried",
         "_intake",
         "_leaked",
         "_probe",
+        "_rate_lines",
         "_encoded",
         "_excluded",
         "_failure",
-        "_events",
         "_fresh",
         "_head",
         "_held",
         "_hide_usage",
         "_idle_since",
         "_incarnation",
-        "_last",
         "_reason",
-        "_replica",
         "_seat",
-        "_sent_at",
         "_stale_at",
-        "_state",
         "_tail",
-        "_thought",
-        "_told",
-        "_told_all",
-        "_tries",
         "_unfinished",
         "_usual",
-        "api",
-        "body_bytes",
-        "bytes_out",
         "client",
-        "first_at",
         "headers",
         "held_body_bytes",
         "http_1_0",
         "keep_alive",
-        "key",
         "linger",
-        "method",
-        "model",
         "passing",
-        "path",
         "phase",
         "queued_at",
-        "queued_seconds",
-        "received_at",
         "refusal",
-        "request_id",
-        "route",
-        "status",
-        "stream",
     )
 
     def __init__(self, client: "ClientConnection", state: "WorkerState") -> None:
@@ -121,8 +95,8 @@ class Relay:
         self.headers: dict[bytes, bytes] = {}
         self.http_1_0 = False
         self.keep_alive = True
-        self.api: Api | None = None
-        self.key: Key | None = None
+        self.api = None
+        self.key = None
         self.route = ""
         self.model = ""
         self.request_id = b""
@@ -140,13 +114,13 @@ class Relay:
         self.first_at = 0.0
         self._encoded = b""
         self._intake: Intake | None = None  # until the first token
-        self._demand: Demand = None  # type: ignore[assignment]  # made by `start`
+        self._demand = None  # type: ignore[assignment]  # made by `start`
         self._fallbacks: tuple[str, ...] = ()  # engines' models not tried yet
         self._fallback = ""  # the one that is asked instead of the route's own
         self._excluded: frozenset[str] = frozenset()  # replicas that failed it
         self._probe = False  # its end is what the replica's circuit breaker waits for
         self._died_at = 0  # the number of the first try that ended as an engine's death looks
-        self._known: tuple[bytes, int] | None = None  # digest and length of its body, for `killers.py`
+        self._known = None  # digest and length of its body, for `killers.py`
         self._marked = False  # it was running when an engine seemed to die
         self._harmony_tried = False
         self._leaked = False
@@ -172,18 +146,18 @@ class Relay:
         self._usual = _NONE_YET  # how a chunk of them ends that leaves its choice open
         self._events = 0  # of a stream, from the first that bore a token
         self._thought = False  # that one bore reasoning
-        self._told: Usage | None = None  # by the engine, perhaps of an answer still under way
+        self._told = None  # by the engine, perhaps of an answer still under way
         self._told_all = False
+        self._entry = b""
+        self._limited = False
+        self._rate_lines = b""
+        self._recorded = None
         self._fresh = True
         self._idle_since = 0.0
         self._deadline = 0.0
         state.counters.open_contexts += 1
 
     # -- from the client's side
-
-    @property
-    def dialect(self) -> str:
-        return self.api.dialect if self.api is not None else "plain"
 
     def start(self, raw: bytes) -> None:
         """The request is whole. `raw`: its body. Everything that can be refused is refused here."""
@@ -206,7 +180,12 @@ class Relay:
         self.stream, self._hide_usage = intake.body.stream, intake.body.hide_usage
         self._answers, self._unfinished = intake.answers, intake.sequences
         state.retry_budget.came(now)
+        if state.spool is not None and not state.spool.room and state.options.spool_full != "serve":
+            raise ServeError("ledger_unavailable", _NO_LEDGER, retry_after=LEDGER_SECONDS)
         self._ask_for(intake.model, now)
+        if intake.subjects and not self._reserve(intake.subjects, now):
+            self.phase = RESERVING
+            return
         self._enter(now)
 
     def _ask_for(self, model: str, now: float) -> None:
@@ -252,7 +231,9 @@ class Relay:
         phase = self.phase
         if phase in (RECEIVING, QUEUED, DONE):
             return
-        if now >= self._deadline:
+        if phase == RESERVING and now - self.received_at >= self._state.options.queue_seconds:
+            self._fail(ServeError("queue_timeout", "Nobody said in time whether a limit allows it.", retry_after=1))
+        elif now >= self._deadline:
             self._fail(ServeError("total_timeout", "The request took longer than is allowed in all."))
         elif self.client.paused_at:
             self._fresh, self._idle_since = False, now  # nobody listens to the engine: its silence is not its own
@@ -268,6 +249,28 @@ class Relay:
                 self._count_failure("idle_timeout")
                 self._sick(now)
                 self._fail(ServeError("idle_timeout", "The engine stopped in the middle of the answer."))
+
+    # -- limits
+
+    def _reserve(self, subjects: "tuple[Subject, ...]", now: float) -> bool:
+        """False where others are asked, who will call `on_reserved` or `on_limited`. Raises ServeError at a limit."""
+        asked, generates = self._demand, self.api is not None and self.api.streams
+        tokens = asked.prompt_tokens + asked.output_tokens if generates else 0
+        lines = self._state.limits.ask(self, Claim(subjects, tokens), now)
+        self._limited = True
+        if lines is None:
+            return False
+        self._rate_lines = lines
+        return True
+
+    def on_reserved(self, lines: bytes) -> None:
+        """By whoever counts for several workers or hosts. lines: of the head, telling how much is left."""
+        self._rate_lines = lines
+        self._enter_again()
+
+    def on_limited(self, error: ServeError) -> None:
+        self._limited = False
+        self._fail(error)
 
     # -- admission
 
@@ -329,6 +332,10 @@ class Relay:
         replica = seat.replica
         self._seat, self._reason = seat, reason
         self._replica, self._incarnation = replica.name, replica.incarnation
+        if not self._open_entry():
+            self._leave()
+            self._fail(ServeError("ledger_unavailable", _NO_LEDGER, retry_after=LEDGER_SECONDS))
+            return
         self._tries += 1
         self._send()
 
@@ -550,6 +557,7 @@ class Relay:
         self._connection = None
         if self.phase == RELAYING and self._is_whole():
             self._leave()
+            self._record("ok", "")
             self._end_framing()
             self._release("ok", "")
             return
@@ -655,6 +663,8 @@ class Relay:
                 (now - began - self.queued_seconds) * 1e3,
             )
         )
+        if self._rate_lines:
+            line += self._rate_lines
         if not self.keep_alive:
             line += b"connection: close\r\n"
         if self._fallback:
@@ -708,9 +718,15 @@ class Relay:
             self._leaked = True
             self._count_failure("harmony_content")
         self._last = whole
+        self._record_end()
         self._write_body(whole)
         if broken_at >= 0:
             self._try_failed("aborted", "engine_unreachable", "The engine gave the request up before it was finished.")
+
+    def _record_end(self) -> None:
+        """Its client may take what goes out now for the end, whatever comes after."""
+        if self._entry and self._is_whole():
+            self._record("ok", "")
 
     def _take_usage(self, body: bytes) -> None:
         """Of a plain answer, or the next part of one."""
@@ -725,6 +741,7 @@ class Relay:
             return
         self._count_failure("in_stream_error")
         self._mark(self._state.now())
+        self._record("engine_error", "engine_protocol")
         self._write_body(whole[: end + 2])
         self._drop_connection()
         self._end_framing()
@@ -766,6 +783,7 @@ class Relay:
             self._count_failure("truncated")
             self._fail(ServeError("engine_protocol", "The engine's stream ended before it was whole."))
             return
+        self._record("ok", "")
         self._end_framing()
         self._release("ok", "")
 
@@ -791,6 +809,8 @@ class Relay:
             except ServeError as error:
                 self._fail(error)
                 return
+        self.status = 200
+        self._record("ok", "")
         self._answer(200, body, content_type)
         self._release("ok", "")
 
@@ -803,6 +823,7 @@ class Relay:
 
     def _end_large(self, payload: bytes) -> None:
         self._take_usage(self._tail + payload)
+        self._record("ok", "")
         self._write_body(payload)
         self._end_framing()
         self._release("ok", "")
@@ -811,6 +832,8 @@ class Relay:
         """The engine's own refusal, in the dialect of the API."""
         self._sent_at = 0.0  # it did nothing for it
         body = replies.engine_envelope(body, status, self.dialect, self.request_id.decode("latin-1"))
+        self.status = status
+        self._record("refused", f"engine_{status}")
         self._answer(status, body, content_type)
         self._release("refused", f"engine_{status}")
 
@@ -890,7 +913,9 @@ class Relay:
         outcome = "engine_error" if self._tries and error.status >= 500 else "refused"
         if self.phase != RELAYING:
             self.status = error.status
+            self._record(outcome, error.code)
             self._drop_connection()
+            error.headers = error.headers or self._rate_lines
             allow = b""
             if error.code == "method_not_allowed":
                 allow = b"POST" if self.api is not None else b"GET"
@@ -899,6 +924,7 @@ class Relay:
             )
         else:
             outcome = "cut"
+            self._record(outcome, error.code)
             self._drop_connection()
             if self.stream:
                 self._write_body(replies.terminal_event(error, self.dialect, self.request_id.decode("latin-1")))
@@ -947,92 +973,6 @@ class Relay:
         self._demand = None  # type: ignore[assignment]  # it names this: without the cycle both are freed at once
         self._state.counters.open_contexts -= 1
         self.client.on_relay_done(self)
-
-    def _account(self, outcome: str, code: str) -> None:
-        state = self._state
-        counts = state.counters.routes[self.route]
-        counts.ends[outcome, code] += 1
-        began, now = self.received_at, state.now()
-        used = self._used(outcome, now)
-        counts.count(used)
-        total = now - began if began else 0.0
-        first = self.first_at - began if self.first_at else 0.0
-        completion = used.completion_tokens
-        if self._tries:  # each was charged as it was granted
-            asked = self._demand
-            charged = self._tries * cost(asked.prompt_tokens, asked.output_tokens)
-            state.admission.settle(
-                asked.tenant, asked.class_, cost(used.prompt_tokens, completion) - charged, asked.weight
-            )
-        if outcome == "ok":
-            if self._marked and self._known is not None:
-                state.cleared(self._known[0])
-            counts.observe(total, first, self.queued_seconds, stream=self.stream)
-        if state.access.enabled:
-            key = self.key
-            state.access.add(
-                Record(
-                    time.time(),
-                    self.request_id.decode("latin-1"),
-                    self.method.decode("latin-1"),
-                    self.path.decode("latin-1")[:256],
-                    self.status,
-                    outcome,
-                    code,
-                    key.tenant if key is not None else "",
-                    key.id if key is not None else "",
-                    self.route,
-                    self._replica,
-                    self.stream,
-                    self._tries,
-                    int(self.queued_seconds * 1e6) / 1e3,
-                    int(first * 1e6) / 1e3,
-                    int(total * 1e6) / 1e3,
-                    self.body_bytes,
-                    self.bytes_out,
-                    used.prompt_tokens,
-                    completion,
-                    used.cached_tokens,
-                    used.reasoning_tokens,
-                    used.estimated,
-                )
-            )
-
-    def _used(self, outcome: str, now: float) -> Usage:
-        """As the engine counted; where it could not say, as is estimated. What finishes teaches what does not."""
-        told, rates = self._told, self._state.rates[self.route]
-        if told is not None and (self._told_all or (outcome == "ok" and not self.stream)):
-            if outcome == "ok" and self._sent_at and now >= rates.next_at:
-                self._teach(rates, told, now)
-            return told
-        if not self._sent_at or self.api is None or not self.api.streams:
-            return Usage()
-        return self._estimated(rates, now)
-
-    def _teach(self, rates: usage.Rates, used: Usage, now: float) -> None:
-        """What finished says of what is to come. Of a thousand a second it is enough: more would only cost."""
-        rates.next_at = now + usage.LEARN_SECONDS
-        asked, completion = self._demand, used.completion_tokens
-        rates.learn(used, asked.body_bytes, now - self._sent_at)
-        if self.stream:
-            rates.learn_stream(self.dialect, self._events, completion, self._answers)
-        if completion:
-            each = asked.sequences
-            self._state.estimates.learn(self.route, asked.tenant, asked.output_tokens // each, completion // each)
-
-    def _estimated(self, rates: usage.Rates, now: float) -> Usage:
-        told, asked, dialect = self._told, self._demand, self.dialect
-        if told is None or dialect == "responses":  # which repeats the request, and whatever looks like usage
-            told = Usage(rates.prompt(asked.body_bytes), prompt_estimated=True)
-        told.completion_estimated = True
-        if not self.stream:
-            told.completion_tokens = rates.after(now - self._sent_at, asked.output_tokens)
-        elif self._events > 0 and not (told.completion_tokens and self._answers == 1):
-            tokens = rates.generated(self._events)
-            if self._state.harmony:
-                tokens += usage.hidden(self._last, dialect, thought=self._thought, choices=self._answers)
-            told.completion_tokens = tokens
-        return told
 
 
 def _status_of(data: bytes) -> int:

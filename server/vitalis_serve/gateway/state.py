@@ -7,6 +7,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vitalis_serve.fleet import Fleet, Replica, ReplicaState
@@ -18,6 +19,8 @@ from vitalis_serve.gateway.estimates import Estimates
 from vitalis_serve.gateway.guest import GuestAdmission, GuestBreakers
 from vitalis_serve.gateway.keys import KeyTable
 from vitalis_serve.gateway.killers import Killers
+from vitalis_serve.gateway.limiting import GuestLimiting, Limiting, LocalLimiting
+from vitalis_serve.gateway.limits import Limits
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.gateway.owner_line import Cleared, Message, Noted
 from vitalis_serve.gateway.pool import EnginePool
@@ -25,6 +28,9 @@ from vitalis_serve.gateway.retries import RetryBudget
 from vitalis_serve.gateway.routing import policy
 from vitalis_serve.gateway.seats import CLASSES, Demand, Seat
 from vitalis_serve.gateway.usage import Rates
+from vitalis_serve.spool.record import MAX_FRAME_BYTES
+from vitalis_serve.spool.spent import seed
+from vitalis_serve.spool.writer import SpoolWriter
 
 if TYPE_CHECKING:
     from vitalis_serve.gateway.owner import Distant, Owner
@@ -49,10 +55,17 @@ class WorkerState:
         self.access = AccessLog(options.access_log_path)
         self.owner: Owner | None = None  # of admission, where other workers ask this one
         self.killers = Killers()
+        # By this worker, of all of this host or while Redis is away; and from when on (Unix seconds).
+        self.counted = Limits(1 / options.gateways)
+        self.counted_from = 0.0
+        self.limits: Limiting = LocalLimiting(self.counted, self._wall_now)
+        self.spool: SpoolWriter | None = None
         self.admission: Admission | GuestAdmission
         self.breakers: Breakers | GuestBreakers
         chosen_by = policy(options.routing, options.worker)
         if options.worker:
+            guest = GuestLimiting(self._wall_now)
+            self.limits = guest
             self.admission = GuestAdmission(
                 worker=options.name,
                 path=options.admission_socket,
@@ -61,6 +74,7 @@ class WorkerState:
                 queue_seconds=max(options.queue_seconds, options.cold_start_seconds, *options.class_seconds.values()),
                 cold=options.cold_start_seconds > 0,
                 others=self._hear,
+                limiting=guest,
             )
             self.breakers = self.admission.breakers
         else:
@@ -87,11 +101,34 @@ class WorkerState:
         self._pools: dict[str, EnginePool] = {}
         self._id_prefix = b"req-" + os.urandom(6).hex().encode()
         self._ids = 0
+        self._entry_prefix = os.urandom(10)
+        self._entries = 0
         self._ticking = False
 
     def next_request_id(self) -> bytes:
         self._ids += 1
         return b"%b%x" % (self._id_prefix, self._ids)
+
+    def next_entry(self) -> bytes:
+        """The ledger's id of a request, whatever its caller calls it: 16 bytes, never again the same."""
+        self._entries += 1
+        return self._entry_prefix + self._entries.to_bytes(6, "big")
+
+    def _wall_now(self) -> float:
+        return self.wall()
+
+    def open_ledger(self) -> None:
+        """Waits for the disk: before the first request. What the ledger says of this day and month counts."""
+        options = self.options
+        if options.spool_folder:
+            # What is open moves from a full file into the next, and needs its room twice there.
+            least = 2 * MAX_FRAME_BYTES * (options.max_connections + 2)
+            size = max(options.spool_segment_bytes, least)
+            self.spool = SpoolWriter(Path(options.spool_folder), options.name, segment_bytes=size)
+            if not options.worker:
+                self.counted_from = self.wall()
+                spent = seed(Path(options.spent_path), Path(options.spool_folder), self.counted_from)
+                self.counted.seed(spent, self.counted_from)
 
     # -- the fleet
 
@@ -201,6 +238,7 @@ class WorkerState:
 
     def expire(self, now: float) -> None:
         """What time alone brings to those who wait."""
+        self.counted.expire(now)
         for replica in self.breakers.tick(now):
             self.keep_away(replica, False)
         self.dispatch(self.admission.tick(now))
@@ -253,6 +291,8 @@ class WorkerState:
             ("vitalis_estimate_error_tokens_total", {}, self.estimates.error_tokens),
             ("vitalis_estimates_total", {}, self.estimates.settled),
             ("vitalis_killers_refused_total", {}, self.killers.refusals),
+            ("vitalis_uncounted_total", {}, self.counters.uncounted),
+            ("vitalis_spool_unwritten_total", {}, 0 if self.spool is None else self.spool.unwritten),
             *(("vitalis_breaker_openings_total", {"replica": r}, n) for r, n in self.breakers.openings.items()),
         ]
         return self.counters.report(gauges, counted)

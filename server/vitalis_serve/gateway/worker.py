@@ -33,6 +33,8 @@ from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.gateway.owner import Owner
 from vitalis_serve.gateway.protocol import ClientConnection
 from vitalis_serve.gateway.state import WorkerState
+from vitalis_serve.gateway.tokens import Grant
+from vitalis_serve.tokens import Memory
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class Worker:
         self._drain: asyncio.TimerHandle | None = None
         self._drain_seconds = 0.0
         self._fleet_known = asyncio.Event()
+        self._tokens: Memory[Grant] = Memory()
         config = uvicorn.Config(
             _never,
             http=self._connection,  # type: ignore[arg-type]  # a factory will do: uvicorn only calls it
@@ -99,6 +102,7 @@ class Worker:
 
     async def serve(self, sock: socket.socket, supervisor_fd: int | None) -> None:
         """Until drained, or until SIGTERM (uvicorn's handling: idle connections close, running requests finish)."""
+        self.state.open_ledger()
         self._load_snapshot()
         if supervisor_fd is not None:
             self._link = await SupervisorLink.open(supervisor_fd, self._on_message)
@@ -111,6 +115,7 @@ class Worker:
             report=self.state.report,
             explain=lambda question: explaining.answer(self.state, question),
         )
+        self._tokens.on_unknown_kid = lambda issuer: control.say({"type": "unknown_kid", "issuer": issuer})
         async with asyncio.TaskGroup() as tasks:
             side = [tasks.create_task(control.run()), tasks.create_task(self._sweep())]
             if isinstance(self.state.admission, GuestAdmission):
@@ -129,6 +134,8 @@ class Worker:
             for task in side:
                 task.cancel()
         self.state.access.close()
+        if self.state.spool is not None:
+            self.state.spool.stop()
 
     async def _own(self, owner: Owner) -> None:
         """Admission of all workers, from the moment on that the fleet is known."""
@@ -209,7 +216,7 @@ class Worker:
             logger.warning("the snapshot %s cannot be read (%s); waiting for control", path, error)
 
     def _on_snapshot(self, document: bytes) -> None:
-        table = KeyTable.decode(document)
+        table = KeyTable.decode(document, self._tokens)
         if table.version >= self.state.keys.version:
             self.state.keys = table.offering(self.state.fleet.models)
 

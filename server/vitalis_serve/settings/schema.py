@@ -281,7 +281,7 @@ class Ledger(Strict):
     """The record of what was used. Days are UTC; 0 keeps for ever."""
 
     full_disk: Literal["refuse", "serve"] = "refuse"
-    segment_bytes: Annotated[int, Number, Field(ge=1 << 20, le=1 << 30)] = 8 << 20
+    segment_bytes: Annotated[int, Number, Field(ge=1 << 20, le=1 << 30)] = 16 << 20
     keep_days: Amount = 90
     keep_daily_days: Amount = 0
 
