@@ -179,7 +179,7 @@ class Tokens(Generic[T]):
             sources |= own
         memory.sources = sources
         self._sources = frozenset(sources.values())
-        self._algorithms = frozenset(name for issuer, _ in self._issuers.values() for name in issuer.algorithms)
+        self._algorithms = _KEYS_FOR.keys() & {a for issuer, _ in self._issuers.values() for a in issuer.algorithms}
 
     def verify(self, token: bytes, digest: bytes, wall: float) -> Verified[T]:
         """`digest`: the token's SHA-256; `wall`: Unix seconds. Raises ServeError invalid_token, or what `read` does."""
