@@ -32,7 +32,7 @@ class Client:
         self._seconds = seconds
 
     @classmethod
-    def of_folder(cls, data_folder: Path) -> "Client":
+    def of_folder(cls, data_folder: Path, *, seconds: float = 30) -> "Client":
         """The control that runs on this data folder. Raises NotRunning if there is none."""
         try:
             address = (data_folder / "control.address").read_text("ascii").strip()
@@ -44,7 +44,7 @@ class Client:
                 f"control's token cannot be read ({error.strerror}: {error.filename}): run this as the user that "
                 "runs vitalis-serve"
             ) from error
-        return cls(address, token)
+        return cls(address, token, seconds=seconds)
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The decoded answer. Raises NotRunning or Refused."""

@@ -85,6 +85,7 @@ usage: Final = Table(
     Column("prompt_estimated", Boolean, nullable=False),
     Column("completion_estimated", Boolean, nullable=False),
     Index("ix_usage_day", "day", "tenant"),
+    Index("ix_usage_ended", "ended_ms"),
 )
 
 # Sums over `usage`, kept when its rows are gone.

@@ -37,6 +37,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_usage"),
     )
     op.create_index("ix_usage_day", "usage", ["day", "tenant"])
+    op.create_index("ix_usage_ended", "usage", ["ended_ms"])
     op.create_table(
         "usage_daily",
         sa.Column("day", sa.Integer, nullable=False),
@@ -64,5 +65,6 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("spool_files")
     op.drop_table("usage_daily")
+    op.drop_index("ix_usage_ended", "usage")
     op.drop_index("ix_usage_day", "usage")
     op.drop_table("usage")
