@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vitalis_serve import __version__
-from vitalis_serve.cli import configuration, fleet, tenants
+from vitalis_serve.cli import configuration, fleet, keys, limits, tenants, usage
 from vitalis_serve.cli import run as serving
 from vitalis_serve.cli.failure import complain
 from vitalis_serve.errors import ConfigurationError, StartError
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (serving, fleet, tenants, configuration):
+for module in (serving, fleet, tenants, keys, limits, usage, configuration):
     module.register(app)
 
 

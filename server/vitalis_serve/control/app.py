@@ -18,7 +18,7 @@ from vitalis_serve.control.access import Access
 from vitalis_serve.control.changes import Control
 from vitalis_serve.control.guard import Guard, error_response
 from vitalis_serve.control.refusals import reason
-from vitalis_serve.control.routes import fleet, health, imports, keys, limits, tenants
+from vitalis_serve.control.routes import fleet, health, imports, keys, limits, tenants, usage
 from vitalis_serve.errors import ServeError
 
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
@@ -54,6 +54,7 @@ def create_app(control: Control, access: Access) -> FastAPI:
         keys.router(control),
         limits.router(control),
         imports.router(control),
+        usage.router(control),
     ):
         app.include_router(router, responses=_ERRORS, dependencies=secured)
     app.add_middleware(Guard, access=access)

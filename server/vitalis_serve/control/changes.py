@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 from fastapi import Request
 
 from vitalis_serve.control import schemas
+from vitalis_serve.control.ledger import Ledger
 from vitalis_serve.control.options import ControlOptions
 from vitalis_serve.control.snapshots import Snapshots
 from vitalis_serve.control.supervision import Supervision
@@ -32,12 +33,15 @@ class Control:
         workers: Workers,
         snapshots: Snapshots,
         supervision: Supervision,
+        ledger: Ledger | None = None,
     ) -> None:
+        """`ledger`: None where no use is recorded."""
         self.options = options
         self.store = store
         self.workers = workers
         self.snapshots = snapshots
         self.supervision = supervision
+        self.ledger = ledger
 
     def route_names(self) -> set[str]:
         """Without routes of its own the gateway offers what the engines say that they serve."""

@@ -21,19 +21,33 @@ logger = logging.getLogger(__name__)
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _BOUNDS: Final = (*(str(bound) for bound in TIME_BUCKETS), "+Inf")
 _CONTROL: Final = {metric.name: metric for metric in CONTROL_METRICS}
+_LEDGER: Final = tuple(name for name in _CONTROL if name.startswith(("vitalis_spool_", "vitalis_ledger_")))
 
 
-def render(reports: Mapping[str, Mapping[str, Any]], fleet: Fleet, versions: Mapping[str, int]) -> bytes:
+def render(
+    reports: Mapping[str, Mapping[str, Any]],
+    fleet: Fleet,
+    versions: Mapping[str, int],
+    ledger: Mapping[str, float] | None = None,
+) -> bytes:
     """The text of one scrape. `reports`: each worker's, as metrics.py describes; `versions`: of the
-    snapshot that each connected worker serves from. What does not fit metrics.py is left out."""
-    return generate_latest(_Scrape(reports, fleet, versions))
+    snapshot that each connected worker serves from; `ledger`: its figures by metric. What does not fit metrics.py is
+    left out."""
+    return generate_latest(_Scrape(reports, fleet, versions, ledger or {}))
 
 
 class _Scrape(Collector):
-    def __init__(self, reports: Mapping[str, Mapping[str, Any]], fleet: Fleet, versions: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        reports: Mapping[str, Mapping[str, Any]],
+        fleet: Fleet,
+        versions: Mapping[str, int],
+        ledger: Mapping[str, float],
+    ) -> None:
         self._reports = reports
         self._fleet = fleet
         self._versions = versions
+        self._ledger = ledger
 
     def collect(self) -> Iterator[Family]:
         yield from self._workers()
@@ -67,6 +81,11 @@ class _Scrape(Collector):
         workers = _family(_CONTROL["vitalis_workers"])
         workers.add_metric([], len(self._versions))
         yield from (states, restarts, versions, workers)
+        for name in _LEDGER:
+            figure = _family(_CONTROL[name])
+            if name in self._ledger:
+                figure.add_metric([], self._ledger[name])
+            yield figure
 
 
 def _family(metric: Metric, *more_labels: str) -> Any:

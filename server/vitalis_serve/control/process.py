@@ -24,6 +24,7 @@ from vitalis_serve.control.app import create_app
 from vitalis_serve.control.changes import Control
 from vitalis_serve.control.connections import BoundedProtocol
 from vitalis_serve.control.files import kept_secret, publish, stage
+from vitalis_serve.control.ledger import Ledger
 from vitalis_serve.control.oidc import Issuers
 from vitalis_serve.control.options import ControlOptions
 from vitalis_serve.control.snapshots import Snapshots
@@ -100,7 +101,11 @@ async def run(options: ControlOptions) -> None:
         closing.callback(asyncio.create_task(issuers.run()).cancel)
         closing.callback(Path(options.control_socket).unlink, missing_ok=True)
         closing.callback(workers.close)
-        app = create_app(Control(options, store, workers, snapshots, supervision), access)
+        ledger = _ledger(options, store)
+        if ledger is not None:
+            ledger.start()
+            closing.push_async_callback(ledger.close)
+        app = create_app(Control(options, store, workers, snapshots, supervision, ledger), access)
         config = uvicorn.Config(
             app,
             http=BoundedProtocol,
@@ -114,6 +119,13 @@ async def run(options: ControlOptions) -> None:
         )
         with _address(Path(options.address_path), listener):
             await _Server(config, stop, supervision).serve(sockets=[listener])
+
+
+def _ledger(options: ControlOptions, store: Store) -> Ledger | None:
+    if not options.spool_folder:
+        return None
+    spent_path = Path(options.spent_path) if options.spent_path else None
+    return Ledger(store, Path(options.spool_folder), spent_path, options.keep_days, options.keep_daily_days)
 
 
 def _issuers(options: ControlOptions, access: Access, snapshots: Snapshots, workers: Workers) -> Issuers:

@@ -160,7 +160,7 @@ class Usage:
     async def requests(
         self, wanted: Range, most: int, before: tuple[int, str] | None = None, request_id: str | None = None
     ) -> list[dict[str, Any]]:
-        """Single requests that are not rolled up yet, by the table's columns, newest end first; only those behind
+        """Single requests that are not rolled up yet, by the names of the database, newest end first; only those behind
         `before` (the ended_ms and id of the last one seen)."""
         statement = _filtered(select(usage), usage, wanted).where(
             usage.c.ended_ms >= wanted.first * DAY_MS, usage.c.ended_ms < (wanted.last + 1) * DAY_MS

@@ -52,7 +52,8 @@ def router(control: Control) -> APIRouter:
         """Prometheus text: every worker's counts, asked for now, and the fleet's states."""
         reports = await control.workers.collect(control.options.collect_seconds)
         versions = {worker["name"]: worker["version"] for worker in control.workers.listing()}
-        text = exposition.render(reports, control.supervision.fleet, versions)
+        ledger = None if control.ledger is None else control.ledger.figures()
+        text = exposition.render(reports, control.supervision.fleet, versions, ledger)
         return Response(text, media_type=exposition.CONTENT_TYPE)
 
     @routes.get("/v1/audit", tags=["audit"])
