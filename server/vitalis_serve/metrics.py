@@ -66,4 +66,13 @@ CONTROL_METRICS: Final = (
     Metric("vitalis_replica_restarts_total", "counter", "Processes of each replica after its first.", ("replica",)),
     Metric("vitalis_snapshot_version", "gauge", "Version of keys and routes in force, by worker.", ("worker",)),
     Metric("vitalis_workers", "gauge", "Workers connected to control."),
+    Metric("vitalis_spool_bytes", "gauge", "Bytes of this host's spool that are not in the store yet."),
+    Metric("vitalis_spool_records", "gauge", "Finished requests in this host's spool that are not in the store yet."),
+    Metric("vitalis_spool_oldest_seconds", "gauge", "Since the first of those requests ended; 0 where there is none."),
+    Metric("vitalis_ledger_drained_total", "counter", "Requests that went from the spool to the store."),
+    Metric("vitalis_ledger_duplicates_total", "counter", "Requests in the spool that the store had already."),
+    Metric("vitalis_ledger_cut_total", "counter", "Requests cut by the death of their worker, stored as estimated."),
+    Metric("vitalis_ledger_torn_total", "counter", "Places in spool files of dead workers that held no whole record."),
+    Metric("vitalis_ledger_rolled_up_total", "counter", "Single requests that were moved into the sums of their day."),
+    Metric("vitalis_ledger_store_away", "gauge", "1 while the store does not take what the spool holds."),
 )
