@@ -98,6 +98,7 @@ Amount = Annotated[int, Number, Field(ge=0, le=16 << 20)]
 Port = Annotated[int, Number, Field(ge=0, le=65_535)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 ProfileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+ClaimName = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,256}$")]
 Host = Annotated[str, StringConstraints(pattern=r"^[^\s/]{1,255}$")]
 Folder = Annotated[Path, BeforeValidator(_path)]
 EnvironmentValue = Annotated[str | None, BeforeValidator(_environment_text)]
@@ -294,7 +295,9 @@ class Issuer(Strict):
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
     issuer: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")]
-    audience: Annotated[tuple[str, ...], BeforeValidator(_comma_list), Field(min_length=1)]
+    audience: Annotated[
+        tuple[Annotated[str, StringConstraints(min_length=1)], ...], BeforeValidator(_comma_list), Field(min_length=1)
+    ]
     jwks_uri: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")] | None = None
     algorithms: Annotated[
         tuple[Literal["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"], ...], Field(min_length=1)
@@ -302,24 +305,31 @@ class Issuer(Strict):
     leeway_seconds: Annotated[float, Number, Field(ge=0, le=300, allow_inf_nan=False)] = 30
     refresh_seconds: Seconds = 3600
     stale_seconds: Annotated[float, Number, Field(ge=0, le=30 * 86_400, allow_inf_nan=False)] = 86_400
-    tenant_claim: str = "tenant"
+    tenant_claim: ClaimName = "tenant"
     tenants: Annotated[Mapping[str, Name], AfterValidator(freeze), PlainSerializer(thaw)] = _EMPTY
-    class_claim: str | None = None
+    class_claim: ClaimName | None = None
     classes: Annotated[
         Mapping[str, Literal["emergency", "interactive", "standard", "batch"]],
         AfterValidator(freeze),
         PlainSerializer(thaw),
     ] = _EMPTY
     class_: Literal["emergency", "interactive", "standard", "batch"] = Field(default="standard", alias="class")
-    scopes_claim: str | None = None
+    scopes_claim: ClaimName | None = None
     scopes: Annotated[
         Mapping[str, Literal["inference", "debug", "metrics"]], AfterValidator(freeze), PlainSerializer(thaw)
     ] = _EMPTY
     routes: Annotated[tuple[Name | Literal["*"], ...], Field(min_length=1)] = ("*",)
-    roles_claim: str | None = None
+    roles_claim: ClaimName | None = None
     roles: Annotated[
         Mapping[str, Literal["viewer", "operator", "admin"]], AfterValidator(freeze), PlainSerializer(thaw)
     ] = _EMPTY
+
+    @model_validator(mode="after")
+    def claims_and_their_maps_go_together(self) -> "Issuer":
+        for claim, values in (("class_claim", "classes"), ("scopes_claim", "scopes"), ("roles_claim", "roles")):
+            if (getattr(self, claim) is not None) != bool(getattr(self, values)):
+                raise ValueError(f"give {claim} and {values} together: nothing else says what the claim's values mean")
+        return self
 
 
 class Route(Strict):

@@ -2,10 +2,23 @@
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
-from vitalis_serve.control.access import Access, Failures, control_token
+from vitalis_serve.control.access import ROLES, Access, Failures, Principal, control_token, needed, permit
 from vitalis_serve.errors import ServeError, StartError
+from vitalis_serve.store.records import Key
+from vitalis_serve.store.secrets import NewKey, new_key
+from vitalis_serve.tokens import Issuer
+
+from tests.support.issuer import claims, jwk, sign
+
+NOW = 1_800_000_000.0
+HERE = "https://login.example.org"
+SITE = Issuer(
+    "site", HERE, ("vitalis-serve",), ("ES256",), (jwk("ES256", "one"),),
+    roles_claim="realm.roles", roles={"watch": "viewer", "ops": "operator", "root": "admin"},
+)  # fmt: skip
 
 
 def code(access: Access, header: bytes | None, peer: str = "p", now: float = 0) -> str:
@@ -71,3 +84,129 @@ def test_memory_of_failures_is_bounded() -> None:
     for n in range(5000):
         failures.count(f"peer-{n}", 0)
     assert len(failures) == 100
+
+
+# Keys
+
+
+def stored(made: NewKey, **fields: Any) -> Key:
+    return Key(made.id, "acme", made.digest, 0, **fields)
+
+
+def who(access: Access, token: str | bytes, wall: float = NOW) -> Principal:
+    raw = token if isinstance(token, bytes) else token.encode()
+    return access.check(b"Bearer " + raw, "p", 0, wall)
+
+
+@pytest.mark.parametrize(
+    ("scopes", "role"),
+    [
+        (("admin",), "admin"),
+        (("metrics", "admin"), "admin"),
+        (("inference", "metrics"), "metrics"),
+        (("inference", "debug"), None),
+    ],
+)
+def test_a_key_has_the_role_of_its_scopes(scopes: tuple[str, ...], role: str | None) -> None:
+    access, made = Access("vtc_right", Failures()), new_key()
+    access.know([stored(made, scopes=scopes)])
+    assert who(access, made.key) == (f"key:{made.id}", role)
+    assert code(access, f"Basic {made.key}".encode()) == "invalid_key"
+
+
+def test_a_key_opens_until_it_ends_and_its_old_secret_until_then() -> None:
+    access, made, old = Access("vtc_right", Failures()), new_key(), new_key()
+    key = stored(made, scopes=("admin",), expires_at=int(NOW) + 100, old_digest=old.digest, old_until=int(NOW) + 10)
+    access.know([key])
+    assert who(access, made.key, NOW + 99).name == who(access, old.key, NOW + 9).name == f"key:{made.id}"
+    for secret, until in ((made.key, NOW + 100), (old.key, NOW + 10)):
+        with pytest.raises(ServeError) as caught:
+            who(access, secret, until)
+        assert caught.value.code == "expired_key"
+    access.know([])
+    assert code(access, f"Bearer {made.key}".encode()) == "invalid_key"
+
+
+# Tokens
+
+
+def test_a_token_has_the_highest_role_of_its_claims() -> None:
+    access = Access("vtc_right", Failures())
+    access.trust([SITE])
+    for words, role in ((["watch", "root", "ops", "other"], "admin"), ("ops watch", "operator"), ([], None)):
+        said = claims(HERE, NOW, realm={"roles": words}, sub="ann@example.org")
+        assert who(access, sign(said)) == ("oidc:site:ann@example.org", role)
+    access.trust([])
+    assert code(access, b"Bearer " + sign(claims(HERE, NOW))) == "invalid_key"
+
+
+def test_an_issuer_without_roles_gives_none() -> None:
+    access = Access("vtc_right", Failures())
+    access.trust([Issuer("site", HERE, ("vitalis-serve",), ("ES256",), SITE.keys)])
+    said = claims(HERE, NOW, **{"": ["admin"], "roles": ["admin"]})
+    assert who(access, sign(said)).role is None
+
+
+@pytest.mark.parametrize("sub", ["a" * 65, "a b\nc", "\x00", "ü", "\ud800", "control.token`"])
+def test_whoever_it_is_has_a_name_that_fits_the_audit_table(sub: str) -> None:
+    access = Access("vtc_right", Failures())
+    access.trust([SITE])
+    one = who(access, sign(claims(HERE, NOW, sub=sub))).name
+    assert one.isascii()
+    assert one.isprintable()
+    assert len(one) <= 128
+    assert one != who(access, sign(claims(HERE, NOW, sub=sub + "x"))).name
+    assert one == who(access, sign(claims(HERE, NOW, sub=sub, jti="2"))).name
+
+
+@pytest.mark.parametrize("sub", [None, "", 7])
+def test_a_token_of_nobody_is_refused(sub: object) -> None:
+    access = Access("vtc_right", Failures())
+    access.trust([SITE])
+    assert code(access, b"Bearer " + sign(claims(HERE, NOW, sub=sub))) == "invalid_token"
+
+
+def test_bad_tokens_and_old_keys_are_failures_like_any_other() -> None:
+    access = Access("vtc_right", Failures(burst=2))
+    access.trust([SITE])
+    wrong = b"Bearer " + sign(claims(HERE, NOW), number=1)
+    assert [code(access, wrong) for _ in range(3)] == ["invalid_token"] * 2 + ["authentication_failures"]
+    assert who(access, sign(claims(HERE, NOW, realm={"roles": ["root"]}))).role == "admin"
+
+
+# What a role may do
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "role"),
+    [
+        ("GET", "/metrics", "metrics"),
+        ("GET", "/health", "viewer"),
+        ("GET", "/v1/fleet", "viewer"),
+        ("HEAD", "/v1/keys", "viewer"),
+        ("GET", "/v1/audit", "admin"),
+        ("GET", "/v1/audit/", "admin"),
+        ("POST", "/v1/fleet/scale", "operator"),
+        ("POST", "/v1/fleet/engine-0/drain", "operator"),
+        ("POST", "/v1/explain", "operator"),
+        ("POST", "/v1/explained", "admin"),
+        ("POST", "/v1/fleet/../keys", "operator"),  # a name of a replica, to the router too
+        ("DELETE", "/v1/fleet/engine-0", "admin"),
+        ("POST", "/v1/keys", "admin"),
+        ("PUT", "/v1/tenants/acme", "admin"),
+        ("DELETE", "/v1/keys/x", "admin"),
+        ("POST", "/metrics", "admin"),
+        ("BREW", "/health", "admin"),
+    ],
+)
+def test_each_request_takes_a_role(method: str, path: str, role: str) -> None:
+    assert needed(method, path) == role
+    for has in ROLES:
+        if ROLES.index(has) >= ROLES.index(role):
+            permit(Principal("p", has), method, path)
+        else:
+            with pytest.raises(ServeError, match=f"needs the role `{role}`; p has the role `{has}`") as caught:
+                permit(Principal("p", has), method, path)
+            assert (caught.value.code, caught.value.status) == ("scope_missing", 403)
+    with pytest.raises(ServeError, match="p has no role here"):
+        permit(Principal("p", None), method, path)

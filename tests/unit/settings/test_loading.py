@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
+from vitalis_serve import tokens
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.settings import load, resolve
 from vitalis_serve.settings.hardware import GIB, GpuModel, profile_for
@@ -398,3 +400,29 @@ def test_what_is_wrong_together_is_blamed_on_every_place(write):
 def test_route_given_twice_in_the_environment_is_blamed_on_its_variable(write):
     with pytest.raises(ConfigurationError, match="^VITALIS_ROUTES: routes: a is there more than once"):
         load(write(""), {**CPU, "VITALIS_ROUTES": "[{name: a}, {name: a}]"})
+
+
+SITE = "name: site, issuer: 'https://login.example.org', audience: [vitalis-serve]"
+
+
+@pytest.mark.parametrize(("entry", "said"), [
+    (f"{{{SITE}, class_claim: urgency}}", "give class_claim and classes together"),
+    (f"{{{SITE}, scopes: {{llm: inference}}}}", "give scopes_claim and scopes together"),
+    (f"{{{SITE}, roles_claim: roles}}", "give roles_claim and roles together"),
+    (f"{{{SITE}, scopes_claim: scope, scopes: {{a: admin}}}}", "oidc.0.scopes.a"),
+    (f"{{{SITE}, tenant_claim: ''}}", "oidc.0.tenant_claim"),
+    (f"{{{SITE}, algorithms: [HS256]}}", "oidc.0.algorithms.0"),
+    (f"{{{SITE}, algorithms: []}}", "oidc.0.algorithms"),
+    ("{name: site, issuer: 'ftp://x', audience: [a]}", "oidc.0.issuer"),
+    ("{name: site, issuer: 'https://x', audience: []}", "oidc.0.audience"),
+    (f"{{{SITE}}}, {{{SITE}}}", "site is there more than once"),
+])  # fmt: skip
+def test_an_issuer_that_makes_no_sense_is_refused(write, entry, said):
+    assert said in refusal(write(f"oidc: [{entry}]"))
+
+
+def test_an_issuer_is_read_as_the_workers_and_control_want_it(write):
+    text = f"oidc: [{{{SITE}, class: batch, roles_claim: a.b, roles: {{x: operator}}}}]"
+    said = load(write(text), CPU).oidc[0].model_dump(mode="json")
+    issuer = msgspec.convert(said, tokens.Issuer)
+    assert (issuer.name, issuer.class_, issuer.roles, issuer.leeway_seconds) == ("site", "batch", {"x": "operator"}, 30)
