@@ -1,12 +1,13 @@
 """The keys of the OIDC issuers whose tokens are taken: fetched, kept, fetched again.
 
 How it works: one task for each issuer asks for its keys every `refresh_seconds`, and at once where somebody presented
-a key id that is not known, at most every FETCH_SECONDS. An issuer that is away, or answers nonsense, costs nothing for
-`stale_seconds`: what it said last stays in force, over restarts too. Redirects are not followed, and what an https
-issuer says of itself never leads to plain http.
+a key id that is not known, but so no more than once in ASKED_SECONDS. An issuer that is away, or answers nonsense,
+costs nothing for `stale_seconds`: what it said last stays in force, over restarts too. Redirects are not followed, and
+what an https issuer says of itself never leads to plain http.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
@@ -25,7 +26,7 @@ from vitalis_serve.tokens import MAX_KEYS, Issuer, public_key
 
 logger = logging.getLogger(__name__)
 
-FETCH_SECONDS: Final = 10.0
+ASKED_SECONDS: Final = 10.0
 MAX_BYTES: Final = 256 << 10
 _ANSWER_SECONDS: Final = 10.0  # discovery and keys together
 _RETRY_SECONDS: Final = 10.0  # doubled with each failure in a row
@@ -61,6 +62,7 @@ class _Watched:
         self.stale_seconds = float(document.get("stale_seconds", 86_400))
         self.kept: _Kept | None = None
         self.asked = asyncio.Event()
+        self.asked_at = -ASKED_SECONDS  # when keys were last fetched because of that
         self.failures = 0
 
     @property
@@ -118,13 +120,11 @@ class Issuers:
                 logger.exception("refreshing an issuer's keys failed", extra={"issuer": one.issuer.name})
             one.asked.clear()
             rest = _rest(one, time.time())
-            fetch_again = time.monotonic() + min(FETCH_SECONDS, rest)
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(rest):
                     await one.asked.wait()
-            except TimeoutError:
-                continue
-            await asyncio.sleep(fetch_again - time.monotonic())
+                    await asyncio.sleep(one.asked_at + ASKED_SECONDS - time.monotonic())
+                    one.asked_at = time.monotonic()
 
     async def _refresh(self, one: _Watched, client: httpx.AsyncClient) -> None:
         name = one.issuer.name
