@@ -1,9 +1,11 @@
 """The worker's side: room that is kept, files that follow each other, disks that are full or broken."""
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,6 +134,61 @@ def test_folder_cleared_by_hand_is_noticed(tmp_path: Path, writer: SpoolWriter) 
     writer.close(closed(number(1)))
     records = [record for path in files(folder) for record in scan(path).records]
     assert records == [opened(number(1)), closed(number(1))]
+
+
+def test_disk_that_hangs_in_a_sync_delays_nobody(
+    tmp_path: Path, writer: SpoolWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written while one sync hangs is synced by the next. The kernel's call is what is replaced."""
+    hanging, go_on = threading.Event(), threading.Event()
+    synced: list[int] = []
+    sync = os.fdatasync
+
+    def slow(descriptor: int) -> None:
+        hanging.set()
+        go_on.wait(DEADLINE)
+        synced.append(len(scan(files(tmp_path / "spool")[0]).records))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    writer.open(opened(number(1)))
+    assert hanging.wait(DEADLINE)
+    hanging.clear()
+    writer.open(opened(number(2)))
+    writer.close(closed(number(1)))
+    assert not synced
+    go_on.set()
+    assert hanging.wait(DEADLINE)
+    eventually(lambda: len(synced) == 2, "the second sync")
+    time.sleep(0.3)
+    assert len(synced) == 2, "nothing new, nothing to sync"
+
+
+def test_sync_that_fails_moves_on_to_another_file(
+    tmp_path: Path, writer: SpoolWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of a lost page once only, so nothing more is trusted to that file."""
+    folder = tmp_path / "spool"
+    sync = os.fdatasync
+    told: list[int] = []
+
+    def broken(descriptor: int) -> None:
+        if not told:
+            told.append(descriptor)
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    writer.open(opened(number(1)))
+    eventually(lambda: writer.errors, "the error is counted")
+    writer.close(closed(number(1)))
+    assert writer.room
+    first, second = files(folder)[:2]
+    assert scan(first).records == [opened(number(1))]
+    assert scan(second).records == [closed(number(1))]
+    eventually(lambda: is_finished(first), "the broken one is let go")
+    assert cuts(first) == []
+    assert writer.unwritten == 0
 
 
 def test_reclaim_leaves_what_is_used(tmp_path: Path, writer: SpoolWriter) -> None:
