@@ -46,17 +46,17 @@ class Client:
             ) from error
         return cls(address, token, seconds=seconds)
 
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The decoded answer. Raises NotRunning or Refused."""
+    def call(self, method: str, path: str, body: dict[str, Any] | bytes | None = None) -> Any:
+        """The decoded answer; bytes are sent as the YAML that they are. Raises NotRunning or Refused."""
         parts = urlsplit(self._address)
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=self._seconds)
         headers = {
             "authorization": f"Bearer {self._token}",
-            "content-type": "application/json",
+            "content-type": "application/yaml" if isinstance(body, bytes) else "application/json",
             "user-agent": f"vitalis-serve/{__version__}",
         }
         # As official clients write JSON: where a request would go depends on its bytes (`/v1/explain`).
-        content = None if body is None else _encoded(body)
+        content = body if body is None or isinstance(body, bytes) else _encoded(body)
         try:
             connection.request(method, path, content, headers)
             answer = connection.getresponse()
