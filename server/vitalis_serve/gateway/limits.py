@@ -4,10 +4,9 @@ A request reserves an estimate under all its subjects or under none, and settles
 are token buckets, days and months UTC's. Pure: `now` is monotonic seconds, `wall` Unix seconds.
 """
 
-import time
-from calendar import timegm
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
+from datetime import UTC, datetime
 from math import ceil, floor, inf
 from typing import Final
 
@@ -81,10 +80,10 @@ class Calendar:
         self.day = floor(wall / DAY)
         self.begins, self.ends, self._day_since = self.day * DAY, self.day * DAY + DAY, now
         if wall >= self.month_ends or now - self._month_since >= LONGEST_MONTH:
-            year, month, *_ = time.gmtime(wall)
-            self.month = year * 12 + month - 1
+            date = datetime.fromtimestamp(wall, UTC)
+            self.month, self._month_since = date.year * 12 + date.month - 1, now
             year, month = divmod(self.month + 1, 12)
-            self.month_ends, self._month_since = timegm((year, month + 1, 1, 0, 0, 0)), now
+            self.month_ends = datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
 
 
 class Account:
@@ -419,8 +418,10 @@ def _complaint(one: Account, code: str, wait: float, calendar: Calendar, share: 
         limit, ends = _said(rates.tokens_per_day, share), calendar.ends
     else:
         limit, ends = _said(rates.tokens_per_month, share), calendar.month_ends
-    until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(ends))
-    return f"has used its budget of {limit} tokens for this {code}. The next {code} begins at {until} UTC."
+    until = datetime.fromtimestamp(ends, UTC)
+    return (
+        f"has used its budget of {limit} tokens for this {code}. The next {code} begins at {until:%Y-%m-%d %H:%M} UTC."
+    )
 
 
 def _said(limit: int | None, share: float) -> str:
