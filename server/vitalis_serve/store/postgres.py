@@ -165,7 +165,7 @@ async def _connected(url: str, place: str, seconds: float, settings: dict[str, s
     except TimeoutError as error:
         remedy = "check that PostgreSQL runs there and that nothing between here and there holds back its answers"
         # Not again: it had all the time there was.
-        raise Unreachable(place, f"no answer within {seconds:g} s", remedy, passing=False) from error
+        raise Unreachable(place, f"no answer within {seconds:.2g} s", remedy, passing=False) from error
     except OSError as error:
         remedy = "check that PostgreSQL runs there and takes connections from this host"
         raise Unreachable(place, _words(error), remedy, passing=isinstance(error, _MAY_COME)) from error

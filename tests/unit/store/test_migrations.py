@@ -35,20 +35,20 @@ MADE = {
         (
             "usage",
             (
-                "id, began_ms, ended_ms, day, tenant, key, route, model, api, class, request_id, stream, outcome, code, "
-                "status, prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens, prompt_estimated, "
+                "id, began_ms, ended_ms, day, tenant, key, route, model, api, class, request_id, stream, outcome, "
+                "code, status, prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens, prompt_estimated, "
                 "completion_estimated"
             ),
             (
-                "'00ff', 1760000000000, 1760000000500, 20370, 'acme', 'k1', 'chat', 'tiny', 'chat', 'batch', 'r', true, "
-                "'ok', '', 200, 5, 1, 7, 2, false, true"
+                "'00ff', 1760000000000, 1760000000500, 20370, 'acme', 'k1', 'chat', 'tiny', 'chat', 'batch', 'r', "
+                "true, 'ok', '', 200, 5, 1, 7, 2, false, true"
             ),
         ),
         (
             "usage_daily",
             (
-                "day, tenant, key, route, requests, failed, estimated, prompt_tokens, cached_tokens, completion_tokens, "
-                "reasoning_tokens"
+                "day, tenant, key, route, requests, failed, estimated, prompt_tokens, cached_tokens, "
+                "completion_tokens, reasoning_tokens"
             ),
             "20000, 'acme', 'k1', 'chat', 3, 1, 0, 9000000000, 0, 4, 0",
         ),
