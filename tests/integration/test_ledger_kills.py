@@ -1,5 +1,5 @@
-"""Whatever is killed, and whenever: each finished request is in the store once, with the tokens that its engine counted,
-and each that a kill cut is there as estimated."""
+"""Whatever is killed, and whenever: each finished request is in the store once, with the tokens that its engine
+counted, and each that a kill cut is there as estimated."""
 
 import contextlib
 import itertools
@@ -21,7 +21,7 @@ from vitalis_serve.control.client import Client
 
 from tests.support import client, engines, gateway, simulator
 from tests.support.engines import ROOT, Stack
-from tests.support.postgres import Server
+from tests.support.postgres import Postgres, query
 
 CLIENTS = 6
 KINDS = [(api, stream) for api in ("chat", "completions", "responses", "messages") for stream in (False, True)]
@@ -118,7 +118,7 @@ class Site:
         found: dict[str, list[dict[str, Any]]] = {}
         for engine in self.engines:
             for record in engine.log():
-                if record["x-request-id"].startswith("kill-"):
+                if (record["x-request-id"] or "").startswith("kill-"):
                     found.setdefault(record["x-request-id"], []).append(record)
         return found
 
@@ -197,11 +197,15 @@ def test_workers_control_and_supervisor_are_killed(tmp_path: Path) -> None:
     assert left  # kept for a while for who counts limits
 
 
+def of_postgresql(url: str) -> Callable[[], list[dict[str, Any]]]:
+    statement = "SELECT row_to_json(usage)::text FROM usage WHERE request_id LIKE 'kill-%'"
+    return lambda: [json.loads(row) for (row,) in query(url, statement)]
+
+
 @pytest.mark.timeout(180)
-def test_postgresql_is_killed_and_away_for_long(tmp_path: Path, postgres: Server) -> None:
+def test_postgresql_is_killed_and_away_for_long(tmp_path: Path, postgres: Postgres, postgres_url: str) -> None:
     """Serving goes on, and nothing is lost."""
-    url = postgres.new_database()
-    with site(tmp_path, url) as here:
+    with site(tmp_path, postgres_url) as here:
         with here.load():
             here.more()
             postgres.kill()
@@ -217,4 +221,4 @@ def test_postgresql_is_killed_and_away_for_long(tmp_path: Path, postgres: Server
                 here.more(10)
             here.kill("control")
             here.more()
-        here.check(lambda: postgres.rows(url, "SELECT * FROM usage WHERE request_id LIKE 'kill-%'"))
+        here.check(of_postgresql(postgres_url))
