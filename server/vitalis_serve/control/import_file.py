@@ -207,8 +207,11 @@ def _row(model: type[Row], node: yaml.Node, place: Place, problems: list[Problem
     try:
         body = model.model_validate(values)
     except ValidationError as error:
-        said = [f"{'.'.join(str(part) for part in e['loc'])[:64]}: {reason(e)}" for e in error.errors()]
-        wrong.append(Problem(place, "; ".join(dict.fromkeys(said))))
+        said: dict[tuple[str, ...], str] = {}
+        for e in error.errors():  # of a list with a wrong item the library also says that it is too short
+            names = tuple(part for part in e["loc"] if isinstance(part, str))
+            said.setdefault(names, f"{'.'.join(str(part) for part in e['loc'])[:64]}: {reason(e)}")
+        wrong.append(Problem(place, "; ".join(said.values())))
         body = None
     problems += wrong
     return None if wrong else body
