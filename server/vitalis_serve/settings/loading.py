@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from vitalis_serve.errors import ConfigurationError
 from vitalis_serve.settings.hardware import GpuModel, gpu_models, profile_for
-from vitalis_serve.settings.redaction import is_placeholder, is_secret
+from vitalis_serve.settings.redaction import is_placeholder, is_secret, redact
 from vitalis_serve.settings.schema import SOURCES, Route, Settings
 from vitalis_serve.settings.sources import KeyPath, Layer, read_yaml
 from vitalis_serve.settings.variables import environment_layer, setting_paths
@@ -360,7 +360,7 @@ def _sentence(path: KeyPath, problem: Mapping[str, Any]) -> str:
     """What pydantic found, in words: "gateway.port is 70000; it must be at most 65535"."""
     kind, context, given = problem["type"], problem.get("ctx", {}), problem.get("input")
     key = ".".join(path) or "the configuration"
-    shown = "a secret" if is_secret(key) else _shown(given)
+    shown = "a secret" if is_secret(key) else _shown(redact(given))
     if kind == "value_error":
         reason = str(context["error"])
         return f"{key} {reason}" if reason.startswith("must") else f"{key}: {reason}"

@@ -11,6 +11,8 @@ _SECRET: Final = re.compile(
     r"|api[_-]?key|access[_-]?key|private[_-]?key|secret|password|bearer",
     re.IGNORECASE,
 )
+# To the last @, since a password in a URL may have been written without encoding it.
+_IN_URL: Final = re.compile(r"(?<=://)([^:@/\s]*):\S*@|(?<=[?&])((?:ssl)?password)=[^&\s]*", re.IGNORECASE)
 _PLACEHOLDER: Final = re.compile(
     r"^(<.*>|\$\{.*\}|x{3,}|\.{3,}|\*+|(hf_)?x{3,}|hf_\.{3}|"
     r"(change|replace|fill|set)[-_ ]?(me|this|it|in)?|todo|fixme|placeholder|example|dummy|none|null|"
@@ -30,7 +32,8 @@ def is_placeholder(value: str) -> bool:
 
 
 def redact(value: Any) -> Any:
-    """The same value with what stands under a secret's name replaced; maps and lists are walked."""
+    """The same value with what stands under a secret's name, and passwords in URLs, replaced; maps and lists are
+    walked."""
     if isinstance(value, Mapping):
         return {
             key: REDACTED if is_secret(str(key)) and item not in (None, "") else redact(item)
@@ -38,7 +41,11 @@ def redact(value: Any) -> Any:
         }
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
-    return value
+    return _IN_URL.sub(_hidden, value) if isinstance(value, str) else value
+
+
+def _hidden(found: re.Match[str]) -> str:
+    return f"{found[1]}:{REDACTED}@" if found[2] is None else f"{found[2]}={REDACTED}"
 
 
 def redact_argv(argv: tuple[str, ...] | list[str]) -> list[str]:

@@ -426,3 +426,8 @@ def test_an_issuer_is_read_as_the_workers_and_control_want_it(write):
     said = load(write(text), CPU).oidc[0].model_dump(mode="json")
     issuer = msgspec.convert(said, tokens.Issuer)
     assert (issuer.name, issuer.class_, issuer.roles, issuer.leeway_seconds) == ("site", "batch", {"x": "operator"}, 30)
+
+
+def test_a_url_that_is_refused_is_shown_without_its_password(write):
+    said = refusal(write(""), {**CPU, "VITALIS_STORE_URL": "mysql://me:hidden@host/db"})
+    assert "store.url is 'mysql://me:[redacted]@host/db'; it must match" in said

@@ -68,3 +68,18 @@ def test_redact_argv_hides_every_word_after_a_secret_flag():
     assert redact_argv(["py", "--api-key", "a", "b", "--port", "1", "--api-key=c"]) == [
         "py", "--api-key", "[redacted]", "[redacted]", "--port", "1", "--api-key=[redacted]",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:p%40ss@host/db", "postgresql://me:[redacted]@host/db"),
+        ("postgresql://me:p@ss/w:d@host:1/db?x=1", "postgresql://me:[redacted]@host:1/db?x=1"),
+        ("redis://:secret@host/0", "redis://:[redacted]@host/0"),
+        ("postgresql://h/db?password=a&user=b", "postgresql://h/db?password=[redacted]&user=b"),
+        ("postgresql://me@host:5432/db?host=/run/x", "postgresql://me@host:5432/db?host=/run/x"),
+        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
+    ],
+)
+def test_redact_hides_the_password_of_a_url(url, shown):
+    assert redact({"store": {"url": url}}) == {"store": {"url": shown}}
