@@ -11,6 +11,8 @@ at its start (`take_turn`), so that no two of them count the same version.
 
 import asyncio
 import os
+import socket
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -168,7 +170,8 @@ async def _connected(url: str, place: str, seconds: float, settings: dict[str, s
         raise Unreachable(place, f"no answer within {seconds:.2g} s", remedy, passing=False) from error
     except OSError as error:
         remedy = "check that PostgreSQL runs there and takes connections from this host"
-        raise Unreachable(place, _words(error), remedy, passing=isinstance(error, _MAY_COME)) from error
+        passing = not isinstance(error, (ssl.SSLError, PermissionError))
+        raise Unreachable(place, _words(error), remedy, passing=passing) from error
     except asyncpg.PostgresConnectionError as error:
         remedy = "check that what listens there is PostgreSQL, and its log"
         raise Unreachable(place, "the connection was closed while it was made", remedy, passing=True) from error
@@ -177,20 +180,28 @@ async def _connected(url: str, place: str, seconds: float, settings: dict[str, s
         remedy = _REMEDIES.get(state, "see PostgreSQL's log")
         raise Unreachable(place, str(error.args[0]), remedy, passing=state in _PASSING) from error
     except (asyncpg.InterfaceError, asyncpg.InternalClientError, ValueError) as error:
-        # What the driver says may repeat the URL.
-        reason = f"the driver cannot use store.url or does not understand the answer ({type(error).__name__})"
+        said = str(error).splitlines()[0] if str(error) else ""
+        if not said or any(secret in said for secret in _secrets(url)):
+            said = type(error).__name__
         remedy = "check the options in store.url, and that what listens there is PostgreSQL"
-        raise Unreachable(place, reason, remedy, passing=False) from error
-
-
-_MAY_COME: Final = (ConnectionRefusedError, ConnectionResetError, FileNotFoundError)
+        raise Unreachable(place, said, remedy, passing=False) from error
 
 
 def _words(error: OSError) -> str:
-    # The driver puts the addresses it tried into the text, and no number beside it.
-    if error.errno is None or type(error).__module__ == "socket":
+    if isinstance(error, socket.gaierror):
+        return f"its name is not known ({error.strerror})"
+    # The driver puts the addresses it tried into the text of a refused connection; what it made up has no number.
+    if error.errno is None or isinstance(error, ssl.SSLError):
         return str(error) or type(error).__name__
-    return os.strerror(error.errno) if error.errno > 0 else str(error)
+    return os.strerror(error.errno)
+
+
+def _secrets(url: str) -> set[str]:
+    parts = urlsplit(url)
+    said = parts.netloc.rpartition("@")[0].partition(":")[2]
+    query = parse_qs(parts.query)
+    found = {said, unquote(said), _only(query, "password"), _only(query, "sslpassword"), url}
+    return found - {""}
 
 
 def _settings(patience: Patience) -> dict[str, str]:

@@ -105,8 +105,9 @@ def test_server_that_is_not_there_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     said = not_opened(f"postgresql://me:p%40ss@127.0.0.1:{port}/db", 0.3)
-    assert f"127.0.0.1 port {port}, database db, user me cannot be opened" in said
-    assert "check that PostgreSQL runs there" in said
+    assert f"127.0.0.1 port {port}, database db, user me cannot be opened: Connection refused; check that Postg" in said
+    said = not_opened("postgresql://me:p%40ss@no-such-host.invalid/db", 0.3)
+    assert "no-such-host.invalid port 5432, database db, user me cannot be opened: " in said
 
 
 def test_server_that_never_answers_is_named_in_time() -> None:
@@ -121,6 +122,17 @@ def test_what_is_no_postgresql_is_named(answer: bytes) -> None:
         said = not_opened(f"postgresql://me:p%40ss@127.0.0.1:{port}/db", 0.5)
     assert f"127.0.0.1 port {port}, database db, user me cannot be opened: " in said
     assert "PostgreSQL" in said.split("opened: ")[1]
+
+
+def test_tls_where_there_is_none_is_named() -> None:
+    with listening(b"N") as port:
+        said = not_opened(f"postgresql://me:p%40ss@127.0.0.1:{port}/db?sslmode=require", 0.3)
+    assert "rejected SSL upgrade" in said
+
+
+def test_option_that_the_driver_cannot_use_is_named() -> None:
+    said = not_opened("postgresql://me:p%40ss@127.0.0.1:1/db?sslmode=perhaps", 0.3)
+    assert "cannot be opened: `sslmode` parameter must be one of" in said
 
 
 def test_server_that_is_just_starting_gets_its_time(postgres: Postgres, postgres_url: str) -> None:
