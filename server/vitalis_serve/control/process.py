@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     # The database, its journal and the sockets hold secrets or open the way to them.
     os.umask(0o077)
     logs.configure()
-    for library in ("alembic", "uvicorn"):
+    for library in ("alembic", "httpx", "uvicorn"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         options = read_options(arguments)
