@@ -27,6 +27,7 @@ _RESERVE_BYTES: Final = 1 << 16
 _LAST_DAY: Final = 2_932_896  # the end of the year 9999
 _EPOCH: Final = datetime.date(1970, 1, 1)
 _SEED_TRIES: Final = 20
+_MOST_TOKENS: Final = 1 << 40  # of a request, whatever an engine says; millions of such still have a sum
 
 Sums = dict[int, dict[str, int]]
 
@@ -106,7 +107,7 @@ class Spent:
 
     def add(self, closed: Closed) -> None:
         """Counts one request, on the day on which it ended. `advance` does that for what stands in the spool."""
-        tokens = closed.prompt_tokens + closed.completion_tokens
+        tokens = min(closed.prompt_tokens + closed.completion_tokens, _MOST_TOKENS)
         if tokens <= 0:
             return
         self._changed = True

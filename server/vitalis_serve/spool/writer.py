@@ -24,6 +24,7 @@ SPARES: Final = 2
 SYNC_SECONDS: Final = 0.1
 RETRY_SECONDS: Final = 1.0
 STOP_SECONDS: Final = 2.0
+QUIET_SECONDS: Final = 10.0  # between two lines about a disk that refuses to be written
 
 
 class _Segment:
@@ -68,6 +69,7 @@ class SpoolWriter:
         self._wake = threading.Event()
         self._ending = False
         self._complained = False
+        self._quiet_until = 0.0
         start = int(time.time() * 1000)
         worker = worker.replace("/", "_")
         while os.path.exists(folder / name_of(f"{worker}-{start}-{os.getpid()}", 1)):
@@ -115,7 +117,7 @@ class SpoolWriter:
             self._position + MAX_FRAME_BYTES * (len(self._open) + 1) > self._segment.size and not self._make_way()
         ):
             self.unwritten += 1
-        elif self._late or not self._put(record):
+        elif not self._put(record):
             # Kept until there is a file that takes it. Should this process die first, its Opened is there.
             self._late.append(record)
             if not self._next() and self._ending:
@@ -210,6 +212,10 @@ class SpoolWriter:
     def _give_up(self, segment: _Segment, why: str | None) -> None:
         segment.size = 0
         self.errors += 1
+        now = time.monotonic()
+        if now < self._quiet_until:
+            return
+        self._quiet_until = now + QUIET_SECONDS
         logger.warning("%s cannot be written (%s); another file is tried", segment.path, why)
 
     # From here on: the thread's.

@@ -129,6 +129,17 @@ def test_no_spool_folder_and_no_file(tmp_path: Path) -> None:
     assert seed(tmp_path, tmp_path, NOW) == {}
 
 
+def test_counts_that_an_engine_made_up_spoil_no_sums(tmp_path: Path) -> None:
+    spent = Spent()
+    for value in range(100):
+        spent.add(closed(number(value), prompt=(1 << 63) - 1))
+    spent.add(closed(number(100), prompt=-5, completion=-(1 << 62), key="k2"))
+    spent.write(tmp_path / "spent.json", NOW)
+    again = Spent.read(tmp_path / "spent.json")
+    assert again.tokens("key:k1", TODAY) == (100 << 40, 100 << 40)
+    assert again.tokens("key:k2", TODAY) == (0, 0)
+
+
 def test_write_that_fails_changes_nothing(tmp_path: Path) -> None:
     spent = Spent()
     spent.add(closed(number(0)))

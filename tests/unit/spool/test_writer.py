@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from vitalis_serve.spool.files import reclaim
 from vitalis_serve.spool.reader import cuts, files, is_finished, scan
-from vitalis_serve.spool.record import MAX_FRAME_BYTES, Closed, Opened
+from vitalis_serve.spool.record import MAX_FRAME_BYTES, Closed, Opened, frame
 from vitalis_serve.spool.writer import SpoolWriter
 
 from tests.support.spool import ROOT, SEGMENT, Ledger, closed, opened
@@ -62,6 +62,7 @@ def test_next_file_begins_with_what_is_open(tmp_path: Path, writer: SpoolWriter)
         eventually(lambda: writer.room, "no room")
         writer.open(opened(number(value)))
         writer.close(closed(number(value)))
+    assert {path.stat().st_size for path in files(folder)} == {SEGMENT}
     used = [path for path in files(folder) if scan(path).records]
     assert len(used) > 4
     eventually(lambda: is_finished(used[-2]), "a full file is let go")
@@ -211,6 +212,7 @@ def limited(program: str, folder: Path) -> None:
         "import resource, sys, time\n"
         "from pathlib import Path\n"
         "from tests.support.spool import SEGMENT, closed, opened\n"
+        "from vitalis_serve.spool.reader import cuts, files, is_finished\n"
         "from vitalis_serve.spool.writer import SpoolWriter\n"
         "def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))\n"
         "def until(holds):\n"
@@ -281,9 +283,10 @@ def test_no_new_files_for_a_while(tmp_path: Path) -> None:
     assert {record.outcome for record in ledger.kept.values()} == {"ok"}
 
 
-@pytest.mark.parametrize("size", [0, 1000])
+@pytest.mark.parametrize("size", [0, 1000, 20 * len(frame(opened(number(0)))) + 1])
 def test_even_ready_files_refuse_for_a_while(tmp_path: Path, size: int) -> None:
-    """As on file systems that copy on write. size: 1000 lets a file take a part of what it is to carry."""
+    """As on file systems that copy on write. size: 1000 lets a file take a part of what it is to carry,
+    the last one all that, and nothing of what waits. While it lasts nobody may take a request for cut."""
     limited(
         "writer = SpoolWriter(folder, 'w', segment_bytes=SEGMENT)\n"
         "for value in range(20): writer.open(opened(number(value)))\n"
@@ -292,6 +295,7 @@ def test_even_ready_files_refuse_for_a_while(tmp_path: Path, size: int) -> None:
         "assert not writer.room and writer.errors and not writer.unwritten\n"
         "time.sleep(0.3)\n"
         "assert not writer.room\n"
+        "assert not any(cuts(path) for path in files(folder) if is_finished(path))\n"
         "limit(resource.RLIM_INFINITY)\n"
         "until(lambda: writer.room)\n"
         "for value in range(10, 15): writer.close(closed(number(value)))\n"
@@ -364,6 +368,7 @@ def test_full_disk(small_disk: Path) -> None:
             writer.close(closed(number(running.pop(0))))
     for each in running:
         writer.close(closed(number(each)))
+    assert {path.stat().st_size for path in files(folder)} == {SEGMENT}, "none grows: there would be no room for it"
     assert value > 300
     assert writer.unwritten == 0
     # Counting has room of its own, and so the spool becomes smaller and the worker has room again.
