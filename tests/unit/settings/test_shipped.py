@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 from vitalis_serve.settings import Settings, resolve
 from vitalis_serve.settings.overrides import overridden
-from vitalis_serve.settings.schema import Route
+from vitalis_serve.settings.schema import Issuer, Route
 from vitalis_serve.settings.sources import read_yaml
 from vitalis_serve.settings.variables import OTHER_VARIABLES, PREFIX, VARIABLES, setting_paths
 
@@ -94,18 +94,36 @@ def route_keys(section=Route, above=""):
 
 
 def test_every_key_of_a_route_is_in_the_documents():
-    text = (CONFIG.parent / "docs" / "configuration.md").read_text()
-    assert re.findall(r"^\| `([a-z_.]+)` \|", text.split("\n## Routes")[1], re.MULTILINE) == list(route_keys())
+    assert documented_keys("Routes") == list(route_keys())
+
+
+def test_every_key_of_an_issuer_is_in_the_documents():
+    assert documented_keys("OIDC") == [field.alias or name for name, field in Issuer.model_fields.items()]
+
+
+def documented_keys(section):
+    text = (CONFIG.parent / "docs" / "configuration.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE)
+
+
+def example(tmp_path, key):
+    """The settings that the example of a key makes."""
+    text = (CONFIG / "gpt-oss.yaml").read_text()
+    found = re.search(rf"^# {key}:\n(?:# .*\n)+", text, re.MULTILINE)[0]
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "plain.yaml").write_text("")
+    (tmp_path / "c.yaml").write_text(re.sub(r"^# ", "", found, flags=re.MULTILINE))
+    return resolve(tmp_path / "c.yaml", {"VITALIS_PROFILE": "plain"}).settings
 
 
 def test_the_example_of_routes_is_one_that_works(tmp_path):
-    text = (CONFIG / "gpt-oss.yaml").read_text()
-    example = re.search(r"^# routes:\n(?:# .*\n)+", text, re.MULTILINE)[0]
-    (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles" / "plain.yaml").write_text("")
-    (tmp_path / "c.yaml").write_text(re.sub(r"^# ", "", example, flags=re.MULTILINE))
-    routes = resolve(tmp_path / "c.yaml", {"VITALIS_PROFILE": "plain"}).settings.routes
+    routes = example(tmp_path, "routes").routes
     assert [route.name for route in routes] == ["vitalis-chat", "vitalis-reason", "vitalis-emergency"]
+
+
+def test_the_example_of_issuers_is_one_that_works(tmp_path):
+    (issuer,) = example(tmp_path, "oidc").oidc
+    assert issuer.roles == {"vitalis-ops": "operator", "vitalis-admin": "admin"}
 
 
 def test_profiles_are_those_that_are_documented():
