@@ -33,7 +33,7 @@ KEEP_SECONDS: Final = 3600.0
 _PAUSE_SECONDS: Final = 0.05  # between two steps of a roll-up, for whoever else wants to write
 _SPENT_STEP: Final = 2000
 _DAY: Final = 86_400
-_MARKS_KEPT: Final = 7 * _DAY  # after its file was deleted: a disk or a folder may come back as it was
+_MARKS_KEPT: Final = _DAY  # after its file was deleted: a disk or a folder may come back as it was
 _STRANGE_MARKS_KEPT: Final = 400 * _DAY  # of hosts that may never come back
 
 
@@ -55,6 +55,7 @@ class Ledger:
         self._keep_days = keep_days
         self._keep_daily_days = keep_daily_days
         self._known = False
+        self._stored = False  # anything, since the store was asked last how far it has each file
         self._since = 0.0
         self._depth = Depth(0, 0, 0.0)
         self._wake = asyncio.Event()
@@ -155,6 +156,7 @@ class Ledger:
             if batch.marks:
                 new = await usage.add(batch.rows, batch.marks, int(time.time()))
                 self._spool.stored(batch)
+                self._stored = True
                 self._came_back()
                 self.drained_total += new
                 self.duplicates += len(batch.rows) - new
@@ -173,6 +175,7 @@ class Ledger:
         marks = await self._store.usage.positions(await asyncio.to_thread(self._spool.prefix))
         self._spool.knows({name: position for name, (position, _) in marks.items()})
         self._known = True
+        self._stored = False
 
     def _went(self, reason: str) -> None:
         if not self.away:
@@ -202,17 +205,19 @@ class Ledger:
             logger.exception("the ledger goes on after an error of its own")
 
     async def _delete(self) -> None:
-        """Deletes files once nobody needs them: the store says so again, in case it has lost a commit since."""
+        """Deletes files once nobody needs them, and the store has just said so: one that was restarted may have lost
+        its last commits (PostgreSQL with `synchronous_commit` off), which are then drained again."""
         spent = self._spent
         if not self._known or (self._spent_path is not None and spent is None):
             return
         try:
-            if await asyncio.to_thread(self._unneeded, spent):
-                await self._learn()
-                for path in await asyncio.to_thread(self._unneeded, spent):
-                    await asyncio.to_thread(path.unlink, missing_ok=True)
+            if not self._stored and not await asyncio.to_thread(self._unneeded, spent):
+                return
+            await self._learn()
+            for path in await asyncio.to_thread(self._unneeded, spent):
+                await asyncio.to_thread(path.unlink, missing_ok=True)
         except ServeError:
-            self._known = False
+            pass  # and `_known` is false
         except OSError as error:
             logger.warning("a drained spool file cannot be deleted", extra={"reason": str(error)})
 

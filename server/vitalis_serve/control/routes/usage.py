@@ -1,5 +1,6 @@
 """What was used: sums by tenant, key, route and day, and single requests for when somebody asks why."""
 
+import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Final, TypeVar
@@ -19,6 +20,7 @@ T = TypeVar("T")
 MOST_ROWS: Final = 50_000
 _EPOCH: Final = date(1970, 1, 1)
 _DRAIN_SECONDS: Final = 3.0
+_DAY_FORM: Final = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 
 class Waiting(BaseModel):
@@ -216,7 +218,7 @@ async def _known(control: Control, wanted: Range) -> None:
 
 def _day(name: str, text: str) -> date:
     try:
-        if len(text) == len("2026-11-01"):  # of the ISO forms this one alone
+        if _DAY_FORM.fullmatch(text):  # of the ISO forms this one alone
             return date.fromisoformat(text)
     except ValueError:
         pass
