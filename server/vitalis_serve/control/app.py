@@ -1,7 +1,7 @@
 """Control's HTTP API: its routes (`routes/`), put together behind the guard.
 
-Everything but /healthz and the documents (/docs, /openapi.json) needs control's token. Answers that are not a
-success carry the envelope of the data plane.
+Everything but /healthz and the documents (/docs, /openapi.json) needs a credential with a role (`access.py`). Answers
+that are not a success carry the envelope of the data plane.
 """
 
 from typing import Any, Final
@@ -21,13 +21,17 @@ from vitalis_serve.control.refusals import reason
 from vitalis_serve.control.routes import fleet, health, imports, keys, limits, tenants, usage
 from vitalis_serve.errors import ServeError
 
+_CREDENTIALS: Final = (
+    "The token in the file control.token, a key with the scope `admin` (`metrics` for /metrics), or an OIDC token that"
+    " has a role here."
+)
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     "default": {"model": schemas.Error, "description": "Refused or failed; `error.code` says why."}
 }
 
 
 def create_app(control: Control, access: Access) -> FastAPI:
-    """The application. Its first layer is the guard: nothing behind it is reached without the token."""
+    """The application. Its first layer is the guard: nothing behind it is reached without a credential."""
     app = FastAPI(
         title="vitalis-serve control",
         version=__version__,
@@ -45,7 +49,7 @@ def create_app(control: Control, access: Access) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _crashed)
     app.include_router(health.open_router(), responses=_ERRORS)
-    secured = [Security(HTTPBearer(auto_error=False, description="The token in the file control.token."))]
+    secured = [Security(HTTPBearer(auto_error=False, description=_CREDENTIALS))]
     for router in (
         health.router(control),
         fleet.router(control),
