@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from vitalis_serve.control.client import Refused
 
-from tests.support import client
+from tests.support import client, gateway, simulator
 from tests.support.control import Control, running
 from tests.support.gateway import wait_until
 from tests.support.postgres import Postgres
+from tests.support.simulator import Simulator
 from tests.support.worker import MODEL, WorkerProcess, running_worker
 
 SECONDS = 20  # for what happens by itself
@@ -34,7 +35,8 @@ def site(folder: Path, count: int, **options: Any) -> Iterator[tuple[Control, li
             home.mkdir(exist_ok=True)
             (home / "control.sock").unlink(missing_ok=True)
             (home / "control.sock").symlink_to(folder / "control.sock")
-            workers.append(stack.enter_context(running_worker(home, worker=index)))
+            shared = {"workers": count, "admission_socket": str(folder / "admission.sock")}
+            workers.append(stack.enter_context(running_worker(home, worker=index, **shared)))
         assert connected(control)
         yield control, workers
 
@@ -44,8 +46,17 @@ def connected(control: Control) -> bool:
     return bool(control.call("POST", "/v1/tenants", {"name": f"t{time.monotonic_ns()}"})["applied"])
 
 
+Three = tuple[Control, list[WorkerProcess]]
+
+
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Control, list[WorkerProcess]]]:
+def engine() -> Iterator[Simulator]:
+    with simulator.started() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Three]:
     with site(tmp_path_factory.mktemp("three"), 3) as (control, workers):
         control.call("POST", "/v1/tenants", {"name": "acme"})
         yield control, workers
@@ -65,13 +76,13 @@ def told(answer: client.Response) -> str:
 ALL = {f"{MODEL} reason"}
 
 
-def make(control: Control, **fields: Any) -> Any:
-    made = control.call("POST", "/v1/keys", {"tenant": "acme", **fields})
+def make(control: Control, tenant: str = "acme", **fields: Any) -> Any:
+    made = control.call("POST", "/v1/keys", {"tenant": tenant, **fields})
     assert made["applied"]
     return made
 
 
-def test_a_key_is_in_force_when_it_is_shown_and_no_more_when_it_is_revoked(three: Any) -> None:
+def test_a_key_is_in_force_when_it_is_shown_and_no_more_when_it_is_revoked(three: Three) -> None:
     control, workers = three
     made = make(control)
     assert asked(workers, made["key"]) == ALL
@@ -79,7 +90,7 @@ def test_a_key_is_in_force_when_it_is_shown_and_no_more_when_it_is_revoked(three
     assert asked(workers, made["key"]) == {"invalid_key"}
 
 
-def test_two_secrets_open_while_a_key_is_rotated_and_never_three(three: Any) -> None:
+def test_two_secrets_open_while_a_key_is_rotated_and_never_three(three: Three) -> None:
     control, workers = three
     made = make(control)
     path = f"/v1/keys/{made['id']}/rotate"
@@ -100,7 +111,7 @@ def test_two_secrets_open_while_a_key_is_rotated_and_never_three(three: Any) -> 
     assert asked(workers, last["key"]) == {"invalid_key"}
 
 
-def test_the_old_secret_ends_at_its_time_without_another_snapshot(three: Any) -> None:
+def test_the_old_secret_ends_at_its_time_without_another_snapshot(three: Three) -> None:
     control, workers = three
     made = make(control)
     rotated = control.call("POST", f"/v1/keys/{made['id']}/rotate", {"overlap_seconds": 2})
@@ -110,7 +121,7 @@ def test_the_old_secret_ends_at_its_time_without_another_snapshot(three: Any) ->
     assert control.snapshot()["version"] == rotated["version"]
 
 
-def test_a_key_expires_is_extended_and_changed(three: Any) -> None:
+def test_a_key_expires_is_extended_and_changed(three: Three) -> None:
     control, workers = three
     made = make(control, name="old", notes="n")
     path = f"/v1/keys/{made['id']}"
@@ -125,13 +136,33 @@ def test_a_key_expires_is_extended_and_changed(three: Any) -> None:
     assert (listed["routes"], listed["last_used_at"]) == (["reason"], None)
 
 
-def test_limits_are_in_every_worker_s_snapshot(three: Any) -> None:
-    """That the workers keep them is tested where they are counted."""
+def test_limits_are_set_kept_and_lifted(three: Three, engine: Simulator) -> None:
+    control, workers = three
+    for worker in workers:
+        worker.serve(engine.address)
+    control.call("POST", "/v1/tenants", {"name": "limited", "limits": {"requests_per_minute": 1}})
+    key = make(control, tenant="limited")["key"]
+    assert chats(workers, key) == ["ok", "requests_limit", "requests_limit"]
+    control.call("DELETE", "/v1/limits/tenant/limited")
+    assert chats(workers, key) == ["ok"] * 3
+    control.call("PUT", f"/v1/limits/route/{MODEL}", {"tokens_per_day": 1})
+    assert chats(workers, key) == ["ok", "budget_spent", "budget_spent"]
+    control.call("DELETE", f"/v1/limits/route/{MODEL}")
+    assert chats(workers, key) == ["ok"] * 3
+
+
+def chats(workers: Sequence[WorkerProcess], key: str) -> list[str]:
+    """What each answers to a chat: ok, or the code of the refusal."""
+    asking = client.post("/v1/chat/completions", gateway.document("chat"), {"authorization": f"Bearer {key}"})
+    answers = [client.ask(worker.url, asking) for worker in workers]
+    return ["ok" if answer.status == 200 else gateway.error_code(answer) for answer in answers]
+
+
+def test_limits_of_all_kinds_reach_the_workers(three: Three) -> None:
     control, _ = three
     made = make(control, limits={"concurrent": 7})
     assert made["limits"]["concurrent"] == 7
-    set_ = control.call("PUT", "/v1/limits/tenant/acme", {"requests_per_minute": 600, "concurrent": 20})
-    assert set_["applied"]
+    control.call("PUT", "/v1/limits/tenant/acme", {"requests_per_minute": 600, "concurrent": 20})
     control.call("PATCH", "/v1/limits/tenant/acme", {"tokens_per_day": 5, "concurrent": None})
     control.call("PUT", "/v1/limits/route/reason", {"tokens_per_month": 9})
     body = control.snapshot()
@@ -159,7 +190,7 @@ def resident(worker: WorkerProcess) -> int:
     return int(Path(f"/proc/{worker.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def test_a_flood_of_wrong_keys_costs_no_memory_and_no_store(three: Any) -> None:
+def test_a_flood_of_wrong_keys_costs_no_memory_and_no_store(three: Three) -> None:
     control, workers = three
     worker, made = workers[0], make(control)
 
@@ -182,19 +213,23 @@ def test_a_flood_of_wrong_keys_costs_no_memory_and_no_store(three: Any) -> None:
 # Several controls on one store
 
 
-@pytest.fixture
-def two(tmp_path: Path, postgres_url: str) -> Iterator[list[tuple[Control, list[WorkerProcess]]]]:
+Sites = list[tuple[Control, list[WorkerProcess]]]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> Iterator[Sites]:
+    shared = {"database_url": postgres.database(), "database_seconds": SECONDS}
     with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(site(tmp_path / name, 1, database_url=postgres_url, database_seconds=SECONDS))
-            for name in ("a", "b")
-        ]
+        sites = [stack.enter_context(site(tmp_path_factory.mktemp(name), 1, **shared)) for name in ("a", "b")]
+        sites[0][0].call("POST", "/v1/tenants", {"name": "acme"})
+        yield sites
+    postgres.drop(shared["database_url"])
 
 
-def test_what_one_control_changes_is_in_force_at_the_other_s_workers(two: Any) -> None:
+def test_what_one_control_changes_is_in_force_at_the_other_s_workers(two: Sites) -> None:
     (a, of_a), (b, of_b) = two
-    a.call("POST", "/v1/tenants", {"name": "acme"})
-    made = make(a)
+    a.call("POST", "/v1/tenants", {"name": "leaver"})
+    made = make(a, tenant="leaver")
     wait_until(lambda: asked(of_b, made["key"]) == ALL, SECONDS, "the key is in force at b")
     assert asked(of_a, made["key"]) == ALL
     rotated = b.call("POST", f"/v1/keys/{made['id']}/rotate", {"overlap_seconds": 0})
@@ -202,16 +237,15 @@ def test_what_one_control_changes_is_in_force_at_the_other_s_workers(two: Any) -
     assert asked(of_a, rotated["key"]) == ALL
     b.call("PUT", f"/v1/limits/key/{made['id']}", {"concurrent": 3})
     wait_until(lambda: rates(a.snapshot(), "keys", "id", made["id"]) == {"concurrent": 3}, SECONDS, "limits at a")
-    a.call("DELETE", "/v1/tenants/acme")
+    a.call("DELETE", "/v1/tenants/leaver")
     wait_until(lambda: asked(of_b, rotated["key"]) == {"invalid_key"}, SECONDS, "the tenant is gone at b")
     assert a.snapshot()["cache_secret"] == b.snapshot()["cache_secret"]
     assert (a.folder / "cache.secret").read_text() != (b.folder / "cache.secret").read_text()
 
 
-def test_changes_at_both_at_once_all_arrive_at_both(two: Any) -> None:
+def test_changes_at_both_at_once_all_arrive_at_both(two: Sites) -> None:
     """Each with a version of its own; and who is second to use a name is told so."""
     (a, _), (b, _) = two
-    a.call("POST", "/v1/tenants", {"name": "acme"})
     made: list[Any] = []
     refused: list[str] = []
 
@@ -229,12 +263,12 @@ def test_changes_at_both_at_once_all_arrive_at_both(two: Any) -> None:
     newest = max(answer["version"] for answer in made)
     wait_until(lambda: all(c.snapshot()["version"] >= newest for c in (a, b)), SECONDS, "both have the newest")
     keys = {answer["id"] for answer in made if "id" in answer}
-    assert {key["id"] for key in a.snapshot()["keys"]} == {key["id"] for key in b.snapshot()["keys"]} == keys
+    assert a.snapshot()["keys"] == b.snapshot()["keys"]
+    assert keys <= {key["id"] for key in a.snapshot()["keys"]}
 
 
-def test_without_the_store_workers_serve_on_and_afterwards_both_follow_again(two: Any, postgres: Postgres) -> None:
+def test_without_the_store_workers_serve_on_and_afterwards_both_follow_again(two: Sites, postgres: Postgres) -> None:
     (a, of_a), (b, of_b) = two
-    a.call("POST", "/v1/tenants", {"name": "acme"})
     made = make(a)
     wait_until(lambda: asked(of_b, made["key"]) == ALL, SECONDS, "the key is in force at b")
     postgres.kill()
