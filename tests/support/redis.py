@@ -37,9 +37,10 @@ def program() -> str:
 class RedisServer:
     """`url` for clients; `password` "" for none. Nothing is kept on disk: started again, it is empty."""
 
-    def __init__(self, folder: Path, *, password: str = "", port: int = 0) -> None:
+    def __init__(self, folder: Path, *, password: str = "", port: int = 0, cluster: bool = False) -> None:
         self.password = password
         self.port = port
+        self._cluster = cluster
         self._folder = folder
         self._socket = folder / "redis.sock"
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,6 +48,7 @@ class RedisServer:
             program(), "--port", str(port), "--bind", "127.0.0.1", "--unixsocket", str(self._socket), "--save", "",
             "--appendonly", "no", "--dir", str(folder), "--logfile", str(folder / "redis.log"),
             "--maxmemory-policy", "noeviction", *(["--requirepass", password] if password else []),
+            *(["--cluster-enabled", "yes", "--cluster-port", str(free_port())] if cluster else []),
         ]  # fmt: skip
 
     @property
@@ -76,12 +78,19 @@ class RedisServer:
         while True:
             with contextlib.suppress(RedisConnectionError), self.client() as client:
                 client.ping()
-                return
+                if self._cluster:
+                    client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+                break
             log = self._folder / "redis.log"
             said = log.read_text() if log.exists() else ""
             assert self._process.poll() is None, said
             assert time.monotonic() < deadline, said
             time.sleep(0.01)
+        if self._cluster:
+            with self.client() as client:
+                while client.cluster("info")["cluster_state"] != "ok":
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
 
     def kill(self) -> None:
         """SIGKILL: every connection is cut, and all data gone."""
@@ -95,7 +104,7 @@ class RedisServer:
         self.start()
 
     def freeze(self) -> None:
-        """It takes connections and bytes, and answers nothing."""
+        """SIGSTOP. It takes connections and bytes, and answers nothing."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -122,9 +131,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(folder: Path, *, password: str = "", port: int = 0) -> Iterator[RedisServer]:
-    """`port` 0: on a Unix socket alone."""
-    server = RedisServer(folder, password=password, port=port)
+def started(folder: Path, *, password: str = "", cluster: bool = False) -> Iterator[RedisServer]:
+    """On a Unix socket. cluster: of this one, which has all slots."""
+    server = RedisServer(folder, password=password, port=free_port() if cluster else 0, cluster=cluster)
     server.start()
     try:
         yield server

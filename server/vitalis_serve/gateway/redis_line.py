@@ -61,11 +61,14 @@ class Call:
 
 def pool_of(url: str) -> ConnectionPool:
     """Knows where and how to connect; holds no connection. ValueError where the address is none."""
-    pool: ConnectionPool = ConnectionPool.from_url(url)
-    # The deadlines are ours; a retry inside the client would only hide how long Redis takes.
+    # RESP2: with RESP3 the library asks for news of a provider's maintenance, and reads them between the answers.
+    pool: ConnectionPool = ConnectionPool.from_url(
+        url, protocol=2, client_name="vitalis-serve", retry=Retry(NoBackoff(), 0)
+    )
+    # The deadlines are ours, whatever the address asks for; and answers are bytes.
     pool.connection_kwargs.update(
-        protocol=2, socket_timeout=None, socket_connect_timeout=CONNECT_SECONDS, decode_responses=False,
-        health_check_interval=0, retry=Retry(NoBackoff(), 0), retry_on_timeout=False, client_name="vitalis-serve",
+        socket_timeout=None, socket_connect_timeout=CONNECT_SECONDS, decode_responses=False, health_check_interval=0,
+        retry_on_timeout=False,
     )  # fmt: skip
     return pool
 
@@ -125,6 +128,9 @@ class Line:
     async def close(self) -> list[Call]:
         """The calls that were sent and not answered, and then those never sent. Nobody knows of the former whether
         Redis heard them."""
+        # The library only closes, and that waits until Redis has read what it was sent.
+        if (writer := getattr(self._connection, "_writer", None)) is not None:
+            writer.transport.abort()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
