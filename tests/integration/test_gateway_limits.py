@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import client, gateway, simulator
+from tests.support import client, gateway, redis, simulator
 from tests.support.gateway import error_code
 from tests.support.simulator import Simulator
 from tests.support.worker import WorkerProcess, running_worker, snapshot
@@ -204,3 +204,59 @@ def test_each_api_is_told_in_its_own_words(tmp_path: Path, engine: Simulator, ap
         assert answer.status == 429
         assert "test" in answer.json["error"]["message"] or "key" in answer.json["error"]["message"]
         assert answer.json["error"]["type"] == "rate_limit_error"
+
+
+@contextlib.contextmanager
+def hosts(
+    folder: Path, engine: Simulator, server: redis.RedisServer, rates: dict[str, Any], **options: Any
+) -> Iterator[list[WorkerProcess]]:
+    """Two hosts of one worker each, which count in one Redis."""
+    shared = {"gateways": 2, "limits_redis_url": server.url, "limits_wait_seconds": 2.0, **options}
+    with contextlib.ExitStack() as stack:
+        running = []
+        for name in ("one", "two"):
+            (worker,) = stack.enter_context(limited(folder / name, engine, tenant=rates, **shared))
+            running.append(worker)
+            known = stack.enter_context(contextlib.closing(server.client()))
+
+            def counts_there(worker: WorkerProcess = worker, known: Any = known) -> bool:
+                known.flushdb()
+                return ask(worker, tokens=1).status == 200 and bool(known.keys("vts:*tenant:test*"))
+
+            gateway.wait_until(counts_there, 20, what="it counts in Redis")
+            known.flushdb()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.RedisServer]:
+    with redis.started(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+def test_several_hosts_count_in_redis(tmp_path: Path, engine: Simulator, server: redis.RedisServer) -> None:
+    with hosts(tmp_path, engine, server, {"requests_per_minute": 9}) as pair, ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda n: ask(pair[n % 2], stream=bool(n & 2)), range(24)))
+        assert sorted(codes(answers)) == ["ok"] * 9 + ["requests_limit"] * 15
+        assert answers[0].head.headers["x-ratelimit-limit-requests"] == "9"
+
+
+@pytest.mark.parametrize(
+    ("away", "codes_"), [("share", ["ok", "ok", "requests_limit"]), ("refuse", ["limits_unavailable"] * 3)]
+)
+def test_without_redis_the_policy_holds_until_it_is_back(
+    tmp_path: Path, engine: Simulator, away: str, codes_: list[str]
+) -> None:
+    """Of 4 a minute each of two hosts has 2 by itself."""
+    with (
+        redis.started(tmp_path) as server,
+        hosts(tmp_path, engine, server, {"requests_per_minute": 4}, limits_away=away, limits_wait_seconds=0.5) as pair,
+    ):
+        server.kill()
+        for worker in pair:
+            assert codes([ask(worker) for _ in range(3)]) == codes_
+        server.restart()
+        gateway.wait_until(
+            lambda: codes([ask(worker) for worker in pair]) == ["ok", "ok"], 30, what="both count there again"
+        )
+        assert "requests_limit" in codes([ask(pair[n % 2]) for n in range(5)])

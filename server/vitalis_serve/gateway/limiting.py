@@ -11,8 +11,9 @@ from typing import Any, Final, Protocol
 
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway import owner_line as said
-from vitalis_serve.gateway.limits import Claim, Limits
+from vitalis_serve.gateway.limits import Claim, Limits, Standing
 from vitalis_serve.gateway.owner_line import Line, Message
+from vitalis_serve.gateway.redis_limits import RedisLimits
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,30 @@ class LocalLimiting:
 
     def ask(self, relay: Any, claim: Claim, now: float) -> bytes | None:
         return self.limits.reserve(claim, relay, now, self._wall()).headers
+
+    def settle(self, relay: Any, tokens: int, now: float) -> None:
+        self.limits.settle(relay, tokens, now, self._wall())
+
+    def release(self, relay: Any, now: float) -> None:
+        self.limits.release(relay, now, self._wall())
+
+
+class RedisLimiting:
+    """By Redis, for all hosts."""
+
+    def __init__(self, limits: RedisLimits, wall: Callable[[], float]) -> None:
+        self.limits = limits
+        self._wall = wall
+
+    def ask(self, relay: Any, claim: Claim, now: float) -> bytes | None:
+        def told(outcome: Standing | ServeError) -> None:
+            if isinstance(outcome, Standing):
+                relay.on_reserved(outcome.headers)
+            else:
+                relay.on_limited(outcome)
+
+        self.limits.reserve(claim, relay, now, self._wall(), told)
+        return None
 
     def settle(self, relay: Any, tokens: int, now: float) -> None:
         self.limits.settle(relay, tokens, now, self._wall())

@@ -19,11 +19,12 @@ from vitalis_serve.gateway.estimates import Estimates
 from vitalis_serve.gateway.guest import GuestAdmission, GuestBreakers
 from vitalis_serve.gateway.keys import KeyTable
 from vitalis_serve.gateway.killers import Killers
-from vitalis_serve.gateway.limiting import GuestLimiting, Limiting, LocalLimiting
+from vitalis_serve.gateway.limiting import GuestLimiting, Limiting, LocalLimiting, RedisLimiting
 from vitalis_serve.gateway.limits import Limits
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.gateway.owner_line import Cleared, Message, Noted
 from vitalis_serve.gateway.pool import EnginePool
+from vitalis_serve.gateway.redis_limits import RedisLimits
 from vitalis_serve.gateway.retries import RetryBudget
 from vitalis_serve.gateway.routing import policy
 from vitalis_serve.gateway.seats import CLASSES, Demand, Seat
@@ -59,6 +60,7 @@ class WorkerState:
         self.counted = Limits(1 / options.gateways)
         self.counted_from = 0.0
         self.limits: Limiting = LocalLimiting(self.counted, self._wall_now)
+        self.redis: RedisLimits | None = None
         self.spool: SpoolWriter | None = None
         self.admission: Admission | GuestAdmission
         self.breakers: Breakers | GuestBreakers
@@ -87,6 +89,18 @@ class WorkerState:
             # A probe may take as long as its first token.
             patience = options.connect_seconds + options.first_token_seconds + 25
             self.breakers = Breakers(BreakerOptions(failures=options.breaker_failures, probe_seconds=patience))
+        if options.limits_redis_url:
+            # Each worker asks it; away, each counts its part.
+            self.counted = Limits(1 / (options.gateways * options.workers))
+            self.redis = RedisLimits(
+                options.limits_redis_url,
+                loop=loop,
+                wait_seconds=options.limits_wait_seconds,
+                away=options.limits_away,
+                lease_seconds=options.limits_lease_seconds,
+                local=self.counted,
+            )
+            self.limits = RedisLimiting(self.redis, self._wall_now)
         self.retry_budget = RetryBudget(at_least=options.retries_at_least)
         self.estimates = Estimates()
         self.rates: defaultdict[str, Rates] = defaultdict(Rates)  # by route
@@ -127,8 +141,11 @@ class WorkerState:
             self.spool = SpoolWriter(Path(options.spool_folder), options.name, segment_bytes=size)
             if not options.worker:
                 self.counted_from = self.wall()
-                spent = seed(Path(options.spent_path), Path(options.spool_folder), self.counted_from)
-                self.counted.seed(spent, self.counted_from)
+                self.counted.seed(self.spent(), self.counted_from)
+
+    def spent(self) -> dict[str, tuple[int, int]]:
+        """Tokens of this day and month by subject, as the ledger and the spool have them now. Waits for the disk."""
+        return seed(Path(self.options.spent_path), Path(self.options.spool_folder), self.wall())
 
     # -- the fleet
 
@@ -286,12 +303,17 @@ class WorkerState:
                     pool.open - idle,
                 )
             )
+        if self.redis is not None:
+            gauges.append(("vitalis_limits_away", {}, float(self.redis.away)))
+        redis = self.redis
         counted = [
             ("vitalis_access_log_dropped_total", {}, self.access.dropped),
             ("vitalis_estimate_error_tokens_total", {}, self.estimates.error_tokens),
             ("vitalis_estimates_total", {}, self.estimates.settled),
             ("vitalis_killers_refused_total", {}, self.killers.refusals),
             ("vitalis_uncounted_total", {}, self.counters.uncounted),
+            ("vitalis_limits_timeouts_total", {}, 0 if redis is None else redis.timeouts),
+            ("vitalis_limits_lost_total", {}, 0 if redis is None else redis.lost),
             ("vitalis_spool_unwritten_total", {}, 0 if self.spool is None else self.spool.unwritten),
             *(("vitalis_breaker_openings_total", {"replica": r}, n) for r, n in self.breakers.openings.items()),
         ]

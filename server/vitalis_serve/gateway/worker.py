@@ -32,6 +32,7 @@ from vitalis_serve.gateway.links import HEARTBEAT_SECONDS, ControlLink, Supervis
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.gateway.owner import Owner
 from vitalis_serve.gateway.protocol import ClientConnection
+from vitalis_serve.gateway.redis_limits import RedisLimits
 from vitalis_serve.gateway.state import WorkerState
 from vitalis_serve.gateway.tokens import Grant
 from vitalis_serve.tokens import Memory
@@ -39,6 +40,7 @@ from vitalis_serve.tokens import Memory
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS: Final = 0.5
+RECONCILE_SECONDS: Final = 60.0
 LEAVE_SECONDS: Final = 2.0  # the other workers' drains end a little after each other
 _SUSPECT_SECONDS: Final = 0.2  # at most one word about the same replica in this time
 
@@ -122,6 +124,11 @@ class Worker:
                 side.append(tasks.create_task(self.state.admission.run()))
             elif self._options.workers > 1:
                 side.append(tasks.create_task(self._own(Owner(self.state, self._options.admission_socket))))
+            if self.state.redis is not None:
+                side += [
+                    tasks.create_task(self.state.redis.run()),
+                    tasks.create_task(self._reconcile(self.state.redis)),
+                ]
             if self._link is not None:
                 side.append(tasks.create_task(self._beat(self._link)))
             await self.server.serve(sockets=[sock])
@@ -129,6 +136,8 @@ class Worker:
                 self.state.admission.close()
             elif self.state.owner is not None:
                 await self.state.owner.alone(self._drain_seconds + LEAVE_SECONDS)
+            if self.state.redis is not None:
+                await self.state.redis.drained(LEAVE_SECONDS)
             if self._link is not None:
                 self._link.say({"type": "drained"})
             for task in side:
@@ -203,6 +212,15 @@ class Worker:
         if now - self._suspected.get(replica, -1.0) >= _SUSPECT_SECONDS and self._link is not None:
             self._suspected[replica] = now
             self._link.say({"type": "suspect", "replica": replica, "incarnation": incarnation, "reason": reason})
+
+    async def _reconcile(self, redis: RedisLimits) -> None:
+        """A Redis that lost its data knows nothing of what was spent this day and month; the ledger does."""
+        while self._options.spent_path and not self._options.worker:
+            try:
+                redis.reconcile(await asyncio.to_thread(self.state.spent))
+            except OSError as error:
+                logger.warning("what was spent cannot be read: %s", error)
+            await asyncio.sleep(RECONCILE_SECONDS)
 
     # -- keys
 
