@@ -180,8 +180,6 @@ class Relay(Metered):
         self.stream, self._hide_usage = intake.body.stream, intake.body.hide_usage
         self._answers, self._unfinished = intake.answers, intake.sequences
         state.retry_budget.came(now)
-        if state.spool is not None and not state.spool.room and state.options.spool_full != "serve":
-            raise ServeError("ledger_unavailable", _NO_LEDGER, retry_after=LEDGER_SECONDS)
         self._ask_for(intake.model, now)
         if intake.subjects and not self._reserve(intake.subjects, now):
             self.phase = RESERVING
