@@ -16,7 +16,7 @@ from vitalis_serve.spool.reader import cuts, files, is_finished, scan
 from vitalis_serve.spool.record import MAX_FRAME_BYTES, Closed, Opened, frame
 from vitalis_serve.spool.writer import SpoolWriter
 
-from tests.support.spool import ROOT, SEGMENT, Ledger, closed, opened
+from tests.support.spool import NOW, ROOT, SEGMENT, Ledger, closed, opened
 
 DEADLINE = 30.0
 
@@ -95,6 +95,19 @@ def test_every_open_request_has_room_for_its_end(tmp_path: Path, writer: SpoolWr
     assert len(ledger.kept) == value
 
 
+def test_all_that_is_open_may_end_at_once(tmp_path: Path, writer: SpoolWriter) -> None:
+    """Wherever in a file that is."""
+    for cycle in range(60):
+        for value in range(40):
+            eventually(lambda: writer.room, "no room")
+            writer.open(opened(number(cycle * 40 + value)))
+        for value in range(40):
+            writer.close(closed(number(cycle * 40 + value)))
+    assert len(files(tmp_path / "spool")) > 6
+    assert {path.stat().st_size for path in files(tmp_path / "spool")} == {SEGMENT}, "one grew"
+    assert writer.unwritten == writer.errors == 0
+
+
 def test_stopped_it_takes_nothing_and_says_so(tmp_path: Path, writer: SpoolWriter) -> None:
     writer.open(opened(number(1)))
     writer.stop()
@@ -113,7 +126,8 @@ def test_close_without_open_is_written(tmp_path: Path, writer: SpoolWriter) -> N
     assert scan(files(tmp_path / "spool")[0]).records == [closed(number(1))]
 
 
-def test_two_in_one_millisecond_have_files_of_their_own(tmp_path: Path) -> None:
+def test_two_in_one_millisecond_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: NOW)
     made = [SpoolWriter(tmp_path, "worker-0", segment_bytes=SEGMENT) for _ in range(4)]
     for value, each in enumerate(made):
         each.open(opened(number(value)))
