@@ -16,6 +16,7 @@ from typing import Final
 
 from vitalis_serve.control.undrained import FINISHED, Batch, Depth, Undrained
 from vitalis_serve.errors import ServeError
+from vitalis_serve.spool.reader import files
 from vitalis_serve.spool.spent import Spent
 from vitalis_serve.store.records import Store
 from vitalis_serve.store.usage import Moved
@@ -52,12 +53,14 @@ class Ledger:
         self._folder = folder
         self._spent_path = spent_path
         self._spent: Spent | None = None
+        self._spent_unwritten = False
         self._keep_days = keep_days
         self._keep_daily_days = keep_daily_days
         self._known = False
         self._stored = False  # anything, since the store was asked last how far it has each file
         self._since = 0.0
         self._depth = Depth(0, 0, 0.0)
+        self._ready = asyncio.Event()  # positions were known once
         self._wake = asyncio.Event()
         self._waiters: list[asyncio.Future[None]] = []
         self._stopping = False
@@ -176,6 +179,7 @@ class Ledger:
         self._spool.knows({name: position for name, (position, _) in marks.items()})
         self._known = True
         self._stored = False
+        self._ready.set()
 
     def _went(self, reason: str) -> None:
         if not self.away:
@@ -199,8 +203,11 @@ class Ledger:
                 if self._stopping:
                     break
             await asyncio.to_thread(self._spent.write, self._spent_path, time.time())
+            self._spent_unwritten = False
         except OSError as error:
-            logger.warning("the sums for limits cannot be written", extra={"reason": str(error)})
+            if not self._spent_unwritten:
+                logger.warning("the sums for limits cannot be written", extra={"reason": str(error)})
+            self._spent_unwritten = True
         except Exception:
             logger.exception("the ledger goes on after an error of its own")
 
@@ -220,12 +227,15 @@ class Ledger:
             pass  # and `_known` is false
         except OSError as error:
             logger.warning("a drained spool file cannot be deleted", extra={"reason": str(error)})
+        except Exception:
+            logger.exception("the ledger goes on after an error of its own")
 
     def _unneeded(self, spent: Spent | None) -> list[Path]:
         return self._spool.unneeded(time.time(), lambda path: spent is None or spent.covers(path))
 
     async def _keep_small(self) -> None:
         """Retention, at the start and then each hour. What fails is tried again the next time."""
+        await self._ready.wait()
         while True:
             try:
                 await self._roll_up()
@@ -250,8 +260,9 @@ class Ledger:
     async def _forget(self) -> None:
         """Marks of files that were deleted go when even a restored disk is unlikely to bring the files back."""
         now = int(time.time())
-        marks = await self._store.usage.positions(await asyncio.to_thread(self._spool.prefix))
-        gone = await asyncio.to_thread(self._spool.gone)
+        there = {path.name for path in await asyncio.to_thread(files, self._folder)}
+        gone = self._spool.gone(there)
+        marks = await self._store.usage.positions(self._spool.prefix())
         old = {
             name for name in gone & marks.keys() if marks[name][0] == FINISHED and marks[name][1] < now - _MARKS_KEPT
         }

@@ -175,9 +175,8 @@ class Undrained:
                 continue
         return found
 
-    def gone(self) -> set[str]:
-        """Names, as in the store, of known files that are no longer there."""
-        there = {path.name for path in files(self._folder)}
+    def gone(self, there: set[str]) -> set[str]:
+        """Names, as in the store, of known files that are not among those `there`."""
         return {self.prefix() + name for name in self._positions.keys() - there}
 
     def forgot(self, names: set[str]) -> None:
