@@ -1,4 +1,4 @@
-"""`vitalis-serve tenants` and `keys`, as real commands against a real control process."""
+"""`vitalis-serve tenants`, `keys` and `limits`, as real commands against a real control process."""
 
 import json
 import os
@@ -127,6 +127,105 @@ def test_key_with_everything_is_listed_and_revoked(control: Control) -> None:
     assert line.split()[:5] == [key_id, "acme", "full", "standard", "revoked"]
 
 
+def test_rotated_key_goes_to_a_file_beside_the_first(control: Control) -> None:
+    path = Path(command(control, "keys", "create", "--tenant", "acme").stdout.strip())
+    old, key_id = path.read_text().strip(), path.name.removeprefix("key-")
+    made = command(control, "keys", "rotate", key_id, "--overlap", "2h")
+    assert made.returncode == 0, made.stderr
+    assert "; the old one opens until 20" in made.stderr
+    new = Path(made.stdout.strip())
+    assert new == control.folder / f"key-{key_id}-2"
+    assert stat.S_IMODE(new.stat().st_mode) == 0o600
+    assert (path.read_text().strip(), new.read_text().split("_")[1]) == (old, key_id)
+    (entry,) = [key for key in control.snapshot()["keys"] if key["id"] == key_id]
+    assert (entry["digest"], entry["old_digest"]) == (digest(new.read_text().strip()), digest(old))
+    assert abs(entry["old_until"] - time.time() - 7200) < 120
+    assert "; the old one opens nothing now" in command(control, "keys", "rotate", key_id, "--for", "0s").stderr
+
+
+def test_key_is_changed_where_something_is_said(control: Control) -> None:
+    path = Path(command(control, "keys", "create", "--tenant", "acme", "--notes", "n").stdout.strip())
+    key_id = path.name.removeprefix("key-")
+    words = ("--routes", "chat", "--class", "batch", "--expires-in", "now", "--name", "")
+    assert command(control, "keys", "change", key_id, *words).stdout.endswith("changed, in force\n")
+    listed = json.loads(command(control, "keys", "list", "--json").stdout)
+    (entry,) = [key for key in listed if key["id"] == key_id]
+    assert (entry["routes"], entry["class"], entry["status"], entry["notes"]) == (["chat"], "batch", "expired", "n")
+    command(control, "keys", "change", key_id, "--expires-in", "never")
+    (line,) = [x for x in command(control, "keys", "list").stdout.splitlines() if x.startswith(key_id)]
+    assert line.split()[4] == "active"
+    assert line.split()[-2:] == ["never", "never"]  # expires, last used
+
+
+def test_limits_are_set_listed_and_cleared(control: Control) -> None:
+    words = ("--requests-per-minute", "600", "--tokens-per-minute", "100000", "--concurrent", "20")
+    done = command(control, "limits", "set", "tenant", "acme", *words)
+    assert done.stdout == (
+        "limits of tenant acme: requests per minute 600, tokens per minute 100000, concurrent 20; in force\n"
+    )
+    words = ("--tokens-per-day", "5", "--tokens-per-month", "9", "--concurrent", "none")
+    command(control, "limits", "set", "tenant", "acme", *words)
+    wanted = {"requests_per_minute": 600, "tokens_per_minute": 100_000, "tokens_per_day": 5, "tokens_per_month": 9}
+    listed = json.loads(command(control, "limits", "list", "--json").stdout)
+    assert listed == [{"kind": "tenant", "name": "acme", "concurrent": None, **wanted}]
+    assert "tenant  acme" in command(control, "limits", "list").stdout
+    assert command(control, "limits", "clear", "tenant", "acme").stdout == "limits of tenant acme: none; in force\n"
+    assert command(control, "limits", "list", "--json").stdout == "[]\n"
+
+
+def thousand(tmp_path: Path, bad: str = "") -> Path:
+    rows = [f"  - {{tenant: relief, name: app-{n}, limits: {{concurrent: 4}}}}" for n in range(1000)]
+    rows[499] += bad
+    path = tmp_path / "tenants.yaml"
+    path.write_text("\n".join(["tenants:", "  - name: relief", "keys:", *rows]))
+    return path
+
+
+def test_file_with_one_bad_row_of_a_thousand_changes_nothing(control: Control, tmp_path: Path) -> None:
+    before, path = control.snapshot(), tmp_path / "new.keys"
+    ended = command(control, "keys", "import", str(thousand(tmp_path, " x")), "--output", str(path))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("vitalis-serve: nothing was imported: the file cannot be read:\nline 503: ")
+    text = thousand(tmp_path).read_text().replace("app-499,", "app-499, scopes: [inferense],")
+    (tmp_path / "tenants.yaml").write_text(text)
+    ended = command(control, "keys", "import", str(tmp_path / "tenants.yaml"), "--output", str(path))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        "vitalis-serve: nothing was imported: 1 of 1001 rows are wrong:\n"
+        "line 503 (keys, row 500): scopes.0: there is no scope 'inferense'; did you mean 'inference'?\n"
+    )
+    assert (control.snapshot(), path.exists()) == (before, False)
+
+
+def test_thousand_keys_are_imported_at_once_and_once(control: Control, tmp_path: Path) -> None:
+    """In one version; their secrets are in a private file, and with one more row that file is added to nothing."""
+    before, file, path = control.snapshot()["version"], thousand(tmp_path), tmp_path / "new.keys"
+    ended = command(control, "keys", "import", str(file), "--output", str(path))
+    assert (ended.returncode, ended.stdout) == (0, f"{path}\n"), ended.stderr
+    assert ended.stderr == "imported 1 tenants, 1000 keys, 1000 limits, in force\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    body = control.snapshot()
+    assert body["version"] == before + 1
+    lines = [line.split("\t") for line in path.read_text().splitlines()]
+    assert [line[:2] for line in lines] == [["relief", f"app-{n}"] for n in range(1000)]
+    found = {key["digest"]: key for key in body["keys"]}
+    assert all(found[digest(key)]["rates"] == {"concurrent": 4} for _, _, key in lines)
+    assert not any(key in ended.stdout + ended.stderr for _, _, key in lines)
+
+    again = command(control, "keys", "import", str(file), "--output", str(tmp_path / "none.keys"))
+    assert (again.returncode, again.stdout) == (1, "")
+    assert "1001 of 1001 rows are there already; leave them out, or skip what exists:\nline 2 " in again.stderr
+    assert again.stderr.count("\n") == 1002
+    file.write_text(file.read_text() + "\n  - {tenant: relief, name: late}\n")
+    more = command(control, "keys", "import", str(file), "--skip-existing", "--output", str(tmp_path / "none.keys"))
+    assert more.stderr == "imported 0 tenants, 1 keys, 0 limits, in force; 1001 rows were there already\n"
+    none = command(control, "keys", "import", str(file), "--skip-existing", "--output", str(tmp_path / "more.keys"))
+    assert (none.returncode, none.stdout, (tmp_path / "more.keys").exists()) == (0, "", False)
+    acts = control.call("GET", "/v1/audit?limit=1000")["audit"]
+    assert [act["details"]["keys"] for act in acts if act["action"] == "import"] == [0, 1, 1000]
+    assert sum(act["action"] == "limits.set" and act["details"] == {"concurrent": 4} for act in acts) > 900
+
+
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
@@ -145,6 +244,26 @@ def test_key_with_everything_is_listed_and_revoked(control: Control) -> None:
         ),
         (("keys", "create", "--tenant", "acme", "--expires-in", "0"), 2, "for example --expires-in 90"),
         (("keys", "create", "--tenant", "acme", "--expires-in", "3661"), 2, "for example --expires-in 90"),
+        (("keys", "rotate", "x", "--overlap", "24"), 2, "--overlap '24': give a number with s, m, h or d behind it"),
+        (("keys", "rotate", "x", "--overlap", "367d"), 2, "at most 366d, for example --overlap 24h"),
+        (
+            ("keys", "change", "nosuch"),
+            2,
+            "give at least one of name, class, scopes, routes, notes, expires_in_seconds",
+        ),
+        (("keys", "import", "/nowhere.yaml"), 2, "/nowhere.yaml cannot be read: No such file"),
+        (("limits", "set", "tenant", "acmee", "--concurrent", "1"), 1, "no tenant 'acmee'; did you mean 'acme'?"),
+        (
+            ("limits", "set", "tenant", "acme", "--concurrent", "0"),
+            2,
+            "--concurrent '0': give a whole number from 1 to",
+        ),
+        (
+            ("limits", "set", "tenant", "acme", "--tokens-per-day", "-1"),
+            2,
+            "--tokens-per-day '-1': give a whole number",
+        ),
+        (("limits", "set", "tenant", "acme"), 2, "give at least one of --requests-per-minute, --tokens-per-minute"),
         (("keys", "create"), 2, "Missing option '--tenant'"),
         (("keys", "crate"), 2, "Did you mean 'create'"),
         (("keys", "list", "--config", "/nowhere.yaml"), 2, "/nowhere.yaml"),

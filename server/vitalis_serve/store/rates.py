@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final, NamedTuple
 
-from sqlalchemy import and_, delete, insert, select
+from sqlalchemy import and_, bindparam, delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from vitalis_serve.store import tables
@@ -52,9 +52,8 @@ async def write_rates(connection: AsyncConnection, wanted: Mapping[Subject, Rate
     """Replaces the limits of these subjects, and lifts them where none is given."""
     if not wanted:
         return
-    for kind, name in wanted:
-        here = and_(tables.rates.c.kind == kind, tables.rates.c.name == name)
-        await connection.execute(delete(tables.rates).where(here))
+    here = and_(tables.rates.c.kind == bindparam("of_kind"), tables.rates.c.name == bindparam("of_name"))
+    await connection.execute(delete(tables.rates).where(here), [{"of_kind": k, "of_name": n} for k, n in wanted])
     rows = [
         {"kind": subject.kind, "name": subject.name, **asdict(rates)}
         for subject, rates in wanted.items()
