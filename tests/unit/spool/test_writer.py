@@ -75,13 +75,15 @@ def test_next_file_begins_with_what_is_open(tmp_path: Path, writer: SpoolWriter)
     assert writer.unwritten == writer.errors == 0
 
 
-def test_every_open_request_has_room_for_its_end(tmp_path: Path, writer: SpoolWriter) -> None:
-    """No more files, and the longest records that there can be."""
+@pytest.mark.parametrize("length", [1, 5000])
+def test_every_open_request_has_room_for_its_end(tmp_path: Path, writer: SpoolWriter, length: int) -> None:
+    """As many as can be, of the longest records that there can be too."""
     value = 0
     limit = SEGMENT // (2 * MAX_FRAME_BYTES)
     while writer.room:
-        writer.open(opened(number(value), request_id="x" * 5000))
+        writer.open(opened(number(value), request_id="x" * length))
         value += 1
+        assert value <= limit
     assert value == limit
     writer.open(opened(number(9999)))
     assert writer.unwritten == 1, "more than there is room for"
