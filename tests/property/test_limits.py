@@ -8,25 +8,26 @@ from math import inf
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway.limits import Claim, Limits, Rates, Standing, Subject
 
 from tests.support.examples import examples
 
-NAMES = ("key:a", "key:b", "tenant:t", "route:r")
+NAMES = ("key:a", "tenant:t", "route:r")
 # Two days before the end of a month.
 START = timegm((2024, 2, 27, 20, 0, 0))
 
+never = st.none()
 rates = st.builds(
     Rates,
-    st.none() | st.integers(1, 6),
-    st.none() | st.integers(1, 300),
-    st.none() | st.integers(1, 3),
-    st.none() | st.integers(1, 2000),
-    st.none() | st.integers(1, 4000),
+    never | st.integers(1, 6) | st.integers(10, 200),
+    st.integers(1, 300) | st.sampled_from([100, 200, 400]) | st.integers(1000, 3000) | never,
+    never | never | st.integers(1, 4),
+    never | never | st.integers(1, 2000),
+    never | never | st.integers(1, 4000),
 )
-amounts = st.integers(0, 400)
+amounts = st.integers(0, 400) | st.sampled_from([50, 100, 200])
 
 
 def reserve(limits: Limits, asked: Claim, holder: int, now: float, wall: float) -> Standing | ServeError:
@@ -227,7 +228,11 @@ class Machine(RuleBasedStateMachine):
             model.requests.left += 1
             model.to(self.now)
 
-    @rule(quarters=st.integers(1, 400))
+    @initialize(given=st.tuples(*(rates for _ in NAMES)))
+    def begins(self, given: tuple[Rates, ...]) -> None:
+        self.current = dict(zip(NAMES, given, strict=True))
+
+    @rule(quarters=st.integers(1, 20) | st.integers(1, 400))
     def waits(self, quarters: int) -> None:
         self.now += Fraction(quarters, 4)
 

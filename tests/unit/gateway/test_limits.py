@@ -437,6 +437,16 @@ class TestExpire:
         site.limits.expire(site.now)
         assert len(site.limits) == 0
 
+    @pytest.mark.parametrize(("rates", "full"), [(Rates(2), 30), (Rates(None, 200), 30), (Rates(2, 200), 30)])
+    def test_a_bucket_is_kept_until_it_is_full(self, site: Site, rates: Rates, full: float) -> None:
+        site.spend(claim(100, key=rates), 100)
+        site.wait(full - 0.1)
+        site.limits.expire(site.now)
+        assert len(site.limits) == 1
+        site.wait(0.1)
+        site.limits.expire(site.now)
+        assert len(site.limits) == 0
+
     def test_a_call_looks_at_a_part_of_many(self, site: Site) -> None:
         for n in range(2000):
             site.spend(Claim((Subject(f"key:{n}", Rates(60)),), 1), 0)
