@@ -45,7 +45,10 @@ soak:  ## the long tests: SOAK_SECONDS of load (600), then ten minutes of more e
 	exit $$status
 
 bench:  ## the gateway's cost per request and event, measured on this machine
-	@$(DEV); exec $(IN)/python tests/bench/overhead.py $(ARGS)
+	@$(DEV); $(IN)/python tests/bench/tenants.py; \
+	if command -v redis-server > /dev/null; then $(IN)/python tests/bench/redis_limits.py; \
+	else echo "limits in Redis: not measured, redis-server is not installed"; fi; \
+	exec $(IN)/python tests/bench/overhead.py $(ARGS)
 
 lint:  ## ruff: rules and format
 	@$(DEV); $(IN)/ruff check .; exec $(IN)/ruff format --check .
