@@ -38,15 +38,20 @@ def neighbours(
     replicas: int, gateways: int, *, seed: int, workers: int = 1, load: float = 0.8, seconds: float = 100
 ) -> tuple[Seen, Seen]:
     """Four victims and a neighbour, all at their fair share of `load`; then the neighbour at ten times that."""
-    found = []
-    for times in (1, 10):
-        draw = Draw(seed)
-        share = load * CAPACITY * replicas / (VICTIMS + 1)
-        asked = [r for i in range(VICTIMS) for r in draw.stream(f"victim-{i}", share, seconds)]
-        asked += draw.stream("neighbour", times * share, seconds)
-        World(replicas, gateways=gateways, workers=workers, seed=seed).run(asked, seconds)
-        found.append(seen(in_window(asked, 10, seconds - 5, "victim")))
-    return found[0], found[1]
+    solo, beside = (victims(replicas, gateways, times, seed, workers, load, seconds) for times in (1, 10))
+    return solo, beside
+
+
+def victims(
+    replicas: int, gateways: int, times: float, seed: int, workers: int = 1, load: float = 0.8, seconds: float = 100
+) -> Seen:
+    """Beside a neighbour at so many times its fair share of `load`; they are at theirs."""
+    draw = Draw(seed)
+    share = load * CAPACITY * replicas / (VICTIMS + 1)
+    asked = [r for i in range(VICTIMS) for r in draw.stream(f"victim-{i}", share, seconds)]
+    asked += draw.stream("neighbour", times * share, seconds)
+    World(replicas, gateways=gateways, workers=workers, seed=seed).run(asked, seconds)
+    return seen(in_window(asked, 10, seconds - 5, "victim"))
 
 
 def equality(gateways: int, *, workers: int = 1, estimate_error: float = 1.0, seconds: float = 100) -> float:
