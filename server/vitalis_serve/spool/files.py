@@ -14,7 +14,6 @@ from typing import Final
 
 SUFFIX: Final = ".spool"
 MAKING: Final = ".spare"
-_IN_PLACE: Final = frozenset({"ext2", "ext3", "ext4", "xfs", "tmpfs"})
 _NAME: Final = re.compile(r"(.+)-(\d+)-(\d+)-(\d{6,})\.spool")
 
 
@@ -78,21 +77,3 @@ def reclaim(folder: Path) -> None:
 def _begun(path: Path) -> bool:
     with open(path, "rb", buffering=0) as file:
         return any(file.read(8) or b"")
-
-
-def overwrites_in_place(folder: Path) -> bool:
-    """Whether bytes that a file has already can be overwritten without new room, so that a full disk cannot make them
-    unwritable: writing such a byte as memory would end the process (SIGBUS). Not so where writes are copies (btrfs,
-    ZFS), nor where that cannot be told (overlays)."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        device = folder.stat().st_dev
-        mounts = Path("/proc/self/mountinfo").read_text()
-    except OSError:
-        return False
-    known = f"{os.major(device)}:{os.minor(device)}"
-    for line in mounts.splitlines():
-        before, _, after = line.partition(" - ")
-        if before.split(" ", 3)[2] == known:
-            return after.split(" ", 1)[0] in _IN_PLACE
-    return False

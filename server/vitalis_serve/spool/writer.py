@@ -1,15 +1,13 @@
 """A worker's side of the spool: what a request used, on local disk before its caller has the last byte.
 
-The event loop writes into a file that has its full size already: as memory where the file system overwrites in place,
-which costs a tenth of a system call, else by one pwrite a record. What can take long is the thread's: making files,
-making them durable, deleting. A write is in the kernel's cache when it returns, which a killed process does not take
-along; the thread calls fdatasync every tenth of a second, which is what a power failure can cost.
+The event loop writes (one pwrite a record, into a file that has its full size already); what can take long is the
+thread's: making files, making them durable, deleting. A write is in the kernel's cache when it returns, which a killed
+process does not take along; the thread calls fdatasync every tenth of a second, which is what a power failure can cost.
 """
 
 import contextlib
 import fcntl
 import logging
-import mmap
 import os
 import threading
 import time
@@ -17,7 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import Final
 
-from vitalis_serve.spool.files import MAKING, name_of, overwrites_in_place, reclaim
+from vitalis_serve.spool.files import MAKING, name_of, reclaim
 from vitalis_serve.spool.record import MAX_FRAME_BYTES, Closed, Opened, frame
 
 logger = logging.getLogger(__name__)
@@ -31,29 +29,15 @@ QUIET_SECONDS: Final = 10.0  # between two lines about a disk that refuses to be
 
 class _Segment:
     """A file of full size that this process holds locked. `size` 0: it is written no more, whoever found that out.
-    `dirty`: there is something that fdatasync has not seen. `view`: its bytes, where they may be written as memory."""
+    `dirty`: there is something that fdatasync has not seen."""
 
-    __slots__ = ("descriptor", "dirty", "path", "size", "view")
+    __slots__ = ("descriptor", "dirty", "path", "size")
 
-    def __init__(self, path: Path, descriptor: int, size: int, view: mmap.mmap | None = None) -> None:
+    def __init__(self, path: Path, descriptor: int, size: int) -> None:
         self.path = path
         self.descriptor = descriptor
         self.size = size
-        self.view = view
         self.dirty = False
-
-    def write(self, position: int, content: bytes) -> None:
-        """Raises OSError."""
-        if self.view is not None:
-            self.view[position : position + len(content)] = content
-        elif os.pwrite(self.descriptor, content, position) < len(content):
-            raise OSError(0, "the disk took a part only")
-
-    def close(self) -> None:
-        """Unlocks it too, which the view would not: it has a descriptor of its own."""
-        if self.view is not None:
-            self.view.close()
-        os.close(self.descriptor)
 
 
 class SpoolWriter:
@@ -63,9 +47,9 @@ class SpoolWriter:
     failed, also where the record was then written elsewhere.
     """
 
-    def __init__(self, folder: Path, worker: str, *, segment_bytes: int, mapped: bool | None = None) -> None:
+    def __init__(self, folder: Path, worker: str, *, segment_bytes: int) -> None:
         """Blocks for as long as it takes to make the first files. Where they cannot be made there is no room, until
-        they can: tried again each second. mapped: files are written as memory; None: where that is safe."""
+        they can: tried again each second."""
         self.unwritten = 0
         self.errors = 0
         self._folder = folder
@@ -92,7 +76,6 @@ class SpoolWriter:
             start += 1
         self._process = f"{worker}-{start}-{os.getpid()}"
         reclaim(folder)
-        self._mapped = overwrites_in_place(folder) if mapped is None else mapped
         self._retry_at = 0.0
         self._make_spares(SPARES + 1)
         if self._spares:
@@ -166,7 +149,7 @@ class SpoolWriter:
                     fcntl.flock(segment.descriptor, fcntl.LOCK_UN)
                     # A thread that hangs in the kernel would come back to whatever else got this number.
                     if not self._thread.is_alive():
-                        segment.close()
+                        os.close(segment.descriptor)
 
     def _give_up_late(self) -> None:
         self.unwritten += len(self._late)
@@ -176,13 +159,15 @@ class SpoolWriter:
         segment = self._segment
         if segment.size:
             try:
-                segment.write(self._position, record)
+                written = os.pwrite(segment.descriptor, record, self._position)
             except OSError as error:
                 self._give_up(segment, error.strerror)
                 return False
-            self._position += len(record)
-            segment.dirty = True
-            return True
+            if written == len(record):
+                self._position += written
+                segment.dirty = True
+                return True
+            self._give_up(segment, "the disk took a part only")
         return False
 
     def _make_way(self) -> bool:
@@ -204,8 +189,8 @@ class SpoolWriter:
             carried = b"".join(self._open.values())
             try:
                 # Nobody counts an Opened, so a file that fails here can be thrown away; a Closed comes after.
-                if carried:
-                    segment.write(0, carried)
+                if carried and os.pwrite(segment.descriptor, carried, 0) < len(carried):
+                    raise OSError(0, "the disk took a part only")
             except OSError as error:
                 self._give_up(segment, error.strerror)
                 self._spoilt.append(segment)
@@ -268,13 +253,13 @@ class SpoolWriter:
             segment = self._retired.popleft()
             if segment.descriptor >= 0:
                 self._sync(segment)
-                segment.close()
+                os.close(segment.descriptor)
         while self._spoilt:
             segment = self._spoilt.popleft()
             # Deleted before it is unlocked: nobody takes it for the file of a dead worker.
             with contextlib.suppress(OSError):
                 segment.path.unlink(missing_ok=True)
-            segment.close()
+            os.close(segment.descriptor)
 
     def _look_for_deleted(self) -> None:
         """Somebody may have cleared the folder to gain space; what is written into a deleted file helps nobody."""
@@ -311,7 +296,6 @@ class SpoolWriter:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.posix_fallocate(descriptor, 0, self._size)
             os.fsync(descriptor)
-            view = mmap.mmap(descriptor, self._size) if self._mapped else None
             os.rename(making, path)
             self._sync_folder()
         except OSError:
@@ -320,7 +304,7 @@ class SpoolWriter:
                 with contextlib.suppress(OSError):
                     leftover.unlink(missing_ok=True)
             raise
-        return _Segment(path, descriptor, self._size, view)
+        return _Segment(path, descriptor, self._size)
 
     def _sync_folder(self) -> None:
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -32,9 +32,9 @@ def number(value: int) -> bytes:
     return value.to_bytes(16, "big")
 
 
-@pytest.fixture(params=[True, False], ids=["memory", "pwrite"])
-def writer(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SpoolWriter]:
-    made = SpoolWriter(tmp_path / "spool", "worker-0", segment_bytes=SEGMENT, mapped=request.param)
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[SpoolWriter]:
+    made = SpoolWriter(tmp_path / "spool", "worker-0", segment_bytes=SEGMENT)
     yield made
     made.stop()
 
@@ -250,7 +250,7 @@ def limited(program: str, folder: Path) -> None:
 def test_files_cannot_be_made_at_first(tmp_path: Path) -> None:
     limited(
         "limit(SEGMENT // 2)\n"
-        "writer = SpoolWriter(folder, 'w', segment_bytes=SEGMENT, mapped=False)\n"
+        "writer = SpoolWriter(folder, 'w', segment_bytes=SEGMENT)\n"
         "assert not writer.room and writer.errors\n"
         "writer.open(opened(number(7)))\n"
         "writer.close(closed(number(7)))\n"
@@ -272,7 +272,7 @@ def test_files_cannot_be_made_at_first(tmp_path: Path) -> None:
 def test_no_new_files_for_a_while(tmp_path: Path) -> None:
     """What is made ready is used up, then there is no room, with room left for what is open; and it comes back."""
     limited(
-        "writer = SpoolWriter(folder, 'w', segment_bytes=SEGMENT, mapped=False)\n"
+        "writer = SpoolWriter(folder, 'w', segment_bytes=SEGMENT)\n"
         "limit(0)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (SEGMENT - 1, resource.RLIM_INFINITY))\n"
         "running, value = [], 0\n"
@@ -304,7 +304,7 @@ def test_even_ready_files_refuse_for_a_while(tmp_path: Path, size: int) -> None:
     """As on file systems that copy on write. size: 1000 lets a file take a part of what it is to carry,
     the last one all that, and nothing of what waits. While it lasts nobody may take a request for cut."""
     limited(
-        "writer = SpoolWriter(folder, 'w', segment_bytes=SEGMENT, mapped=False)\n"
+        "writer = SpoolWriter(folder, 'w', segment_bytes=SEGMENT)\n"
         "for value in range(20): writer.open(opened(number(value)))\n"
         f"limit({size})\n"
         "for value in range(10): writer.close(closed(number(value)))\n"
@@ -328,7 +328,7 @@ def test_even_ready_files_refuse_for_a_while(tmp_path: Path, size: int) -> None:
 def test_stopped_while_the_disk_refuses(tmp_path: Path) -> None:
     """What was finished and never reached the disk is told as cut, and counted."""
     limited(
-        "writer = SpoolWriter(folder, 'w', segment_bytes=SEGMENT, mapped=False)\n"
+        "writer = SpoolWriter(folder, 'w', segment_bytes=SEGMENT)\n"
         "for value in range(20): writer.open(opened(number(value)))\n"
         "limit(0)\n"
         "for value in range(10): writer.close(closed(number(value)))\n"
