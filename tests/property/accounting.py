@@ -17,6 +17,8 @@ from typing import Any
 
 import httptools
 from vitalis_serve.fleet import Replica, ReplicaState
+from vitalis_serve.spool.reader import files, scan
+from vitalis_serve.spool.record import Closed
 
 from tests.integration.test_gateway_worker import Control, Line
 from tests.support import client, gateway, simulator
@@ -36,7 +38,8 @@ BODIES_BYTES = 150_000
 ALLOWED = 8  # tokens by which an estimate may be off, or 2 %
 # Nothing of these may be left. The lag of the event loop, the breakers and the idle connections are no accounts.
 ZERO = ("vitalis_open_contexts", "vitalis_client_connections", "vitalis_body_bytes", "vitalis_in_flight",
-        "vitalis_queued", "vitalis_replica_in_flight")  # fmt: skip
+        "vitalis_queued", "vitalis_replica_in_flight", "vitalis_limits_held", "vitalis_spool_open")  # fmt: skip
+PLENTY = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "concurrent": 10**4, "tokens_per_day": 10**12}
 _ids = itertools.count()
 
 
@@ -241,15 +244,20 @@ class Site:
             stack.callback(lambda engine=engine: engine.process.stop())
         self.workers: list[WorkerProcess] = []
         self._lines: list[Line] = []
-        keys = [{"id": KEYS[c][4:16], "key": KEYS[c], "tenant": f"tenant-{c}", "class": c} for c in CLASSES]
+        keys = [
+            {"id": KEYS[c][4:16], "key": KEYS[c], "tenant": f"tenant-{c}", "class": c, "rates": PLENTY} for c in CLASSES
+        ]
+        self._spool = folder / "spool"
+        document = snapshot(keys=keys, route_rates=PLENTY)
         for index in range(count):
             own = folder / f"w{index}"
             own.mkdir()
             control = stack.enter_context(Control(own))
             worker = running_worker(
-                own, document=snapshot(keys=keys), worker=index, workers=count,
+                own, document=document, worker=index, workers=count,
                 admission_socket=str(folder / "a.sock"), send_buffer=8192, reserved_share=0.1, breaker_failures=8,
-                max_bodies_bytes=BODIES_BYTES, queue_requests=6, **DEADLINES,
+                max_bodies_bytes=BODIES_BYTES, queue_requests=6, spool_folder=str(self._spool),
+                spent_path=str(folder / "spent.json"), spool_segment_bytes=1 << 20, max_connections=300, **DEADLINES,
             )  # fmt: skip
             self.workers.append(stack.enter_context(worker))
             self._lines.append(stack.enter_context(control.line()))
@@ -414,6 +422,7 @@ class Site:
             twice = [name for name, count in own.items() if count > 1 and name]  # nameless: left in the head
             assert not twice, twice
             by_name |= {record["request_id"]: record for record in records}
+        self._ledger_agrees(by_name)
         for one in asked:
             ours = by_name.get(one.name)
             if one.answer is not None:
@@ -424,6 +433,22 @@ class Site:
             assert ours is not None or not worked, f"{one} was worked for and is not in the log"
             if ours is not None:
                 self._is_right(one, ours)
+
+    def _ledger_agrees(self, by_name: dict[str, dict[str, Any]]) -> None:
+        """What an engine got is in the spool, once, with the tokens that the access log has."""
+        found: dict[str, Closed] = {}
+        for path in files(self._spool):
+            scanned = scan(path, 0, limit=1_000_000)
+            assert not scanned.torn
+            for record in scanned.records:
+                if isinstance(record, Closed):
+                    assert record.request_id not in found, f"{record} is there twice"
+                    found[record.request_id] = record
+        tried = {name for name, record in by_name.items() if record.get("attempts")}
+        assert found.keys() == tried, found.keys() ^ tried
+        for name, record in found.items():
+            for field_ in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"):
+                assert getattr(record, field_) == by_name[name].get(field_, 0), (record, by_name[name])
 
     def _all_records(self, index: int) -> list[dict[str, Any]]:
         """A worker's access log, which agrees with its counters."""

@@ -30,6 +30,10 @@ class Limiting(Protocol):
 
     def release(self, relay: Any, now: float) -> None: ...
 
+    @property
+    def held(self) -> int:
+        """Requests of this worker that are counted as running, or asked about."""
+
 
 class LocalLimiting:
     """By this worker. `wall`: Unix seconds, for the ends of days and months."""
@@ -46,6 +50,10 @@ class LocalLimiting:
 
     def release(self, relay: Any, now: float) -> None:
         self.limits.release(relay, now, self._wall())
+
+    @property
+    def held(self) -> int:
+        return self.limits.in_flight
 
 
 class RedisLimiting:
@@ -70,6 +78,10 @@ class RedisLimiting:
 
     def release(self, relay: Any, now: float) -> None:
         self.limits.release(relay, now, self._wall())
+
+    @property
+    def held(self) -> int:
+        return self.limits.in_flight
 
 
 class GuestLimiting:
@@ -106,6 +118,10 @@ class GuestLimiting:
         number, _ = self._held.pop(relay)
         self._asked.pop(number, None)
         self._say(said.Released(number))
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
 
     def _say(self, message: Message) -> None:
         if self._line is not None:

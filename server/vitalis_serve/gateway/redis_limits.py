@@ -290,6 +290,11 @@ class RedisLimits:
         return self._away_before + (self._loop.time() - self._away_since if self.away else 0.0)
 
     @property
+    def in_flight(self) -> int:
+        """Requests that hold a reservation, here or in Redis, or wait for one."""
+        return len(self._asks)
+
+    @property
     def waiting(self) -> int:
         """Claims that neither Redis nor the policy has answered."""
         return len(self._waiting)

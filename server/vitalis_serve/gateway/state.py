@@ -303,8 +303,9 @@ class WorkerState:
                     pool.open - idle,
                 )
             )
-        if self.redis is not None:
-            gauges.append(("vitalis_limits_away", {}, float(self.redis.away)))
+        gauges.append(("vitalis_limits_away", {}, float(self.redis is not None and self.redis.away)))
+        gauges.append(("vitalis_limits_held", {}, self.limits.held))
+        gauges.append(("vitalis_spool_open", {}, 0 if self.spool is None else self.spool.opened))
         redis = self.redis
         counted = [
             ("vitalis_access_log_dropped_total", {}, self.access.dropped),
@@ -315,6 +316,7 @@ class WorkerState:
             ("vitalis_limits_timeouts_total", {}, 0 if redis is None else redis.timeouts),
             ("vitalis_limits_lost_total", {}, 0 if redis is None else redis.lost),
             ("vitalis_spool_unwritten_total", {}, 0 if self.spool is None else self.spool.unwritten),
+            ("vitalis_spool_errors_total", {}, 0 if self.spool is None else self.spool.errors),
             *(("vitalis_breaker_openings_total", {"replica": r}, n) for r, n in self.breakers.openings.items()),
         ]
         return self.counters.report(gauges, counted)

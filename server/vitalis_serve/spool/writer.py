@@ -84,6 +84,11 @@ class SpoolWriter:
         self._thread.start()
 
     @property
+    def opened(self) -> int:
+        """Requests that are open."""
+        return len(self._open)
+
+    @property
     def room(self) -> bool:
         """Whether one more request may be opened. Every open one has its room for its Closed already."""
         segment = self._segment
