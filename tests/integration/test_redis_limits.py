@@ -390,9 +390,9 @@ def test_a_killed_process_gives_back_with_its_lease_and_a_living_one_keeps_it(se
     asked = claim(100, key=Rates(concurrent=9, tokens_per_day=10**6), route=Rates(concurrent=9))
 
     async def scenario(gateways: list["subprocess.Popen[str]"]) -> None:
-        async with host(server.url, lease=2) as one:
+        async with host(server.url, wait=5, lease=3, away="refuse") as one:
             assert await one.reserve(asked) == "concurrency_limit"
-            await asyncio.sleep(2.5)  # longer than a lease
+            await asyncio.sleep(3.5)  # longer than a lease
             assert held(server) == 9
             assert await one.reserve(asked) == "concurrency_limit"
             kept = Account(server).read()["reserved"]
@@ -406,7 +406,7 @@ def test_a_killed_process_gives_back_with_its_lease_and_a_living_one_keeps_it(se
             assert held(server) == held(server, "route:t", "route:t") == 1
             assert Account(server).read()["reserved"] == 100
 
-    with children(2, server.url, lease=2, hold=True, seconds=0.3, asked=asked) as gateways:
+    with children(2, server.url, lease=3, hold=True, seconds=0.3, asked=asked) as gateways:
         counts = [json.loads(_line(one)) for one in gateways]
         assert sum(one.get("yes", 0) for one in counts) == 9
         run(scenario(gateways))
