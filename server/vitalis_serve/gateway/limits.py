@@ -75,11 +75,11 @@ class Calendar:
     def look(self, now: float, wall: float) -> None:
         """To be called where `wall` is not from `begins` until `ends`. now: inf where it is not known."""
         self._day_since, self._month_since = min(self._day_since, now), min(self._month_since, now)
-        if wall < self.ends and now - self._day_since < DAY:
+        if wall < self.ends and not DAY <= now - self._day_since < inf:
             return
         self.day = floor(wall / DAY)
         self.begins, self.ends, self._day_since = self.day * DAY, self.day * DAY + DAY, now
-        if wall >= self.month_ends or now - self._month_since >= LONGEST_MONTH:
+        if wall >= self.month_ends or LONGEST_MONTH <= now - self._month_since < inf:
             date = datetime.fromtimestamp(wall, UTC)
             self.month, self._month_since = date.year * 12 + date.month - 1, now
             year, month = divmod(self.month + 1, 12)

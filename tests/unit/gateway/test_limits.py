@@ -360,6 +360,18 @@ class TestSeed:
         site.wait(24 * HOUR)
         assert site.reserve(claim(key=Rates(tokens_per_month=5000))) == {}
 
+    def test_a_clock_set_back_opens_no_day_again(self, site: Site) -> None:
+        asked = claim(key=Rates(tokens_per_day=100, tokens_per_month=10**6))
+        site.limits.seed({}, site.wall)
+        site.wait(12 * HOUR)
+        site.spend(asked, 100)
+        for _ in range(3):
+            site.wall -= 13 * HOUR
+            site.limits.seed({"key:b": (1, 1)}, site.wall)
+            assert site.reserve(asked) == "budget_spent"
+            site.wall += 13 * HOUR
+            assert site.reserve(asked) == "budget_spent"
+
     def test_said_again_or_late_the_larger_counts(self, site: Site) -> None:
         rates = Rates(tokens_per_day=500)
         site.spend(claim(key=rates), 300)
