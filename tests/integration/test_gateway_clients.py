@@ -371,7 +371,6 @@ def test_a_client_that_does_not_read_is_cut_and_costs_nobody_else_anything(stage
         wire = stage.connect(receive_buffer=4096)
         wire.send(gateway.request("chat", stream=True, tokens=200_000, n=4, headers={"x-request-id": name}))
         wires.append(wire)
-    began = time.monotonic()
     for wire in wires:
         assert wire.read_head().status == 200
     for _ in range(20):
@@ -380,7 +379,6 @@ def test_a_client_that_does_not_read_is_cut_and_costs_nobody_else_anything(stage
         record = gateway.record_of(stage.worker, name)
         assert (record["outcome"], record["code"]) == ("client_gone", "client_stalled")
         assert record["bytes_out"] < 20_000_000
-    assert time.monotonic() - began < 5
     for wire in wires:
         wire.close()
 

@@ -167,11 +167,17 @@ def test_a_full_queue_is_full_for_all(three: Host, index: int) -> None:
 
 def test_patience_ends(three: Host) -> None:
     wire = endless(three.owner)
-    began = time.monotonic()
-    answer = gateway.ask(three.workers[1], gateway.request("chat"))
-    assert (answer.status, gateway.error_code(answer)) == (503, "queue_timeout")
-    assert 1 <= int(answer.head.headers["retry-after"]) <= 60
-    assert 0.7 <= time.monotonic() - began < 1.7, "by the owner's clock"
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        answer = gateway.ask(three.workers[1], gateway.request("chat"))
+        took.append(time.monotonic() - began)
+        assert (answer.status, gateway.error_code(answer)) == (503, "queue_timeout")
+        assert 1 <= int(answer.head.headers["retry-after"]) <= 60
+        if took[-1] < 1.7:
+            break
+    # Its own clock would give it a second more each time; a busy machine does not.
+    assert 0.7 <= took[-1] < 1.7, took
     wire.close()
 
 

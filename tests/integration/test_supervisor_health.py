@@ -312,7 +312,7 @@ def test_a_draining_engine_gets_no_more_requests_and_no_client_notices(site: Sit
             site.ours.until(lambda: all(e.state()["running"] == 1 for e in site.engines))
         engine.misbehave("status", status=status)
         first = [site.ask(5, stream=number % 2 == 0) for number in range(6)]
-        site.until_state("suspect", seconds=1)
+        site.until_state("suspect")
         assert client.ask(engine.address, client.get("/health")).status == 200
         then = [site.ask(5) for _ in range(10)]
         assert f"answered {status}: cannot schedule new futures after shutdown" in site.child()["detail"]
@@ -386,7 +386,7 @@ def test_an_engine_that_is_not_ours_is_all_of_it_by_name(tmp_path: Path) -> None
         site.measures("ready")
         with ThreadPoolExecutor(SENT + 1) as pool:
             running = [pool.submit(site.ask, LONG) for _ in range(SENT)]
-            site.until_state("busy", seconds=1)
+            site.until_state("busy")
             site.measures("busy")
             drained = pool.submit(site.order, command="drain", replica="engine-0")
             site.until_state("draining", "stopped")
@@ -399,15 +399,15 @@ def test_an_engine_that_is_not_ours_is_all_of_it_by_name(tmp_path: Path) -> None
             engine.send_signal(signal.SIGSTOP)
             try:
                 held = pool.submit(site.ask)
-                site.until_state("hung", seconds=6)
+                site.until_state("hung")
                 site.measures("hung")
             finally:
                 engine.send_signal(signal.SIGCONT)
             site.until_state("ready")
             only_ok([held.result()])
         engine.kill()
-        site.until_state("suspect", seconds=2)
-        site.ours.until(lambda: "nobody listens" in site.child()["detail"], 2)
+        site.until_state("suspect")
+        site.ours.until(lambda: "nobody listens" in site.child()["detail"], 20)
         assert site.child()["restarts"] == 1, "its process went, once"
     finally:
         if engine is not None:

