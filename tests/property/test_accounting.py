@@ -28,7 +28,7 @@ ENDLESS = 20_000
 MOST_VISITS = 24
 # Nothing is shrunk: sockets and processes make the same steps another story each time.
 LIVE = settings(
-    max_examples=min(examples(8), 100), stateful_step_count=40, deadline=None,
+    max_examples=min(examples(5), 100), stateful_step_count=40, deadline=None,
     phases=(Phase.generate,), suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 TROUBLES = [
