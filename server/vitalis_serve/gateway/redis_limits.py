@@ -295,11 +295,6 @@ class RedisLimits:
         return len(self._asks)
 
     @property
-    def in_flight(self) -> int:
-        """Requests that hold something, or wait for it."""
-        return len(self._asks)
-
-    @property
     def waiting(self) -> int:
         """Claims that neither Redis nor the policy has answered."""
         return len(self._waiting)
