@@ -619,7 +619,7 @@ def test_a_restarted_redis_learns_what_runs_and_what_was_spent(own: RedisServer)
 
     async def scenario() -> None:
         async with host(own.url) as one:
-            one.limits.reconcile({"key:t": (700, 900), "key:other": (1, 1)})
+            one.limits.reconcile({"key:t": (700, 900), "key:other": (1, 1)}, "one")
             assert await one.reserve(asked, "a") == "yes"
             account = Account(own).read()
             assert (account["day_spent"], account["month_spent"], account["reserved"]) == (700, 900, 100)
@@ -633,12 +633,36 @@ def test_a_restarted_redis_learns_what_runs_and_what_was_spent(own: RedisServer)
             assert await one.reserve(asked, "b") == "yes"
             assert await one.reserve(asked) == "concurrency_limit"
             one.settle("a", 50)
-            one.limits.reconcile({"key:t": (1000, 1000)})
+            one.limits.reconcile({"key:t": (1000, 1000)}, "one")
             one.settle("b", 10)
             await one.settled()
             assert Account(own).read()["day_spent"] in (1000, 1010)
             assert await one.reserve(asked) == "budget_spent"
-            one.limits.reconcile({"key:t": (5, 5)})  # the ledger is behind
+            one.limits.reconcile({"key:t": (5, 5)}, "one")  # the ledger is behind
+            assert await one.reserve(asked) == "budget_spent"
+
+    run(scenario())
+
+
+def test_what_each_host_spent_is_added_up(own: RedisServer) -> None:
+    """A Redis that lost everything is told by each of them what it knows; twice is as good as once."""
+
+    async def scenario() -> None:
+        asked = claim(100, key=Rates(tokens_per_day=1000))
+        async with host(own.url) as one, host(own.url) as two:
+            assert await one.reserve(asked, "a") == "yes"
+            assert await two.reserve(asked, "b") == "yes"
+            for _ in range(2):
+                one.limits.reconcile({"key:t": (400, 400)}, "one")
+                two.limits.reconcile({"key:t": (500, 700)}, "two")
+            await one.settled()
+            await two.settled()
+            account = Account(own).read()
+            assert (account["day_spent"], account["month_spent"]) == (900, 1100)
+            one.settle("a", 60)
+            two.settle("b", 60)
+            await one.settled()
+            await two.settled()
             assert await one.reserve(asked) == "budget_spent"
 
     run(scenario())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from vitalis_serve.control.files import publish, stage
+from vitalis_serve.spool.files import HOST_ID
 from vitalis_serve.spool.reader import Scan, cuts, files, is_finished, process_of, scan
 from vitalis_serve.spool.record import Closed
 from vitalis_serve.store.usage import DAY_MS, Mark
@@ -26,7 +27,6 @@ KEPT_SECONDS: Final = 120  # after its last write a file stays that long for who
 _MOST_COUNTED: Final = 20_000
 _MOST_TOKENS: Final = (1 << 40) - 1  # of a request; millions of such still have a sum within 63 bits
 _MOST_MS: Final = (1 << 31) * DAY_MS - 1
-_HOST: Final = "host.id"
 
 
 class Batch(NamedTuple):
@@ -252,7 +252,7 @@ def _counted(tail: _Tail, found: Scan) -> None:
 
 
 def _host_id(folder: Path) -> str:
-    path = folder / _HOST
+    path = folder / HOST_ID
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
         found = path.read_text("ascii").strip()
         if len(found) == 16 and found.isalnum():

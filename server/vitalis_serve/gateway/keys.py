@@ -267,7 +267,11 @@ class KeyTable:
             ("tenant", key.tenant, self._rates.get(key.tenant)),
             ("route", route.name, route.rates),
         )
-        return tuple(Subject(f"{kind}:{name}", rates) for kind, name, rates in limited if rates is not None)
+        return tuple(
+            Subject(f"{kind}:{name}", rates, "" if kind == "route" else key.tenant)
+            for kind, name, rates in limited
+            if rates is not None
+        )
 
     def sharers(self, tenant: str) -> str:
         """Who shares a prefix cache with a tenant: its group (no tenant's name has a colon), else itself alone."""

@@ -7,13 +7,15 @@ got the request; that also takes back a question that was not answered yet.
 
 import logging
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vitalis_serve.errors import ServeError
 from vitalis_serve.gateway import owner_line as said
 from vitalis_serve.gateway.limits import Claim, Limits, Standing
 from vitalis_serve.gateway.owner_line import Line, Message
-from vitalis_serve.gateway.redis_limits import RedisLimits
+
+if TYPE_CHECKING:
+    from vitalis_serve.gateway.redis_limits import RedisLimits
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class LocalLimiting:
 class RedisLimiting:
     """By Redis, for all hosts."""
 
-    def __init__(self, limits: RedisLimits, wall: Callable[[], float]) -> None:
+    def __init__(self, limits: "RedisLimits", wall: Callable[[], float]) -> None:
         self.limits = limits
         self._wall = wall
 

@@ -195,11 +195,19 @@ local function renew()
   say(unknown, now)
 end
 
--- One subject: [2] days since 1970 and [3] tokens, [4] year * 12 + month - 1 and [5] tokens that were spent at least.
+-- One subject: [2] days since 1970 and [3] tokens, [4] year * 12 + month - 1 and [5] tokens that the ledger of host [6]
+-- has at least. Each host knows its own, so what all of them said is added up.
 local function know()
-  local one = open(1)
-  if tonumber(ARGV[2]) == one.day then one.day_spent = max(one.day_spent, tonumber(ARGV[3])) end
-  if tonumber(ARGV[4]) == one.month then one.month_spent = max(one.month_spent, tonumber(ARGV[5])) end
+  local one, day, month = open(1), 0, 0
+  local hosts = KEYS[1] .. ':hosts'
+  call('HSET', hosts, ARGV[6], table.concat({ARGV[2], ARGV[3], ARGV[4], ARGV[5]}, ' '))
+  call('EXPIRE', hosts, BUDGETS_KEPT)
+  for _, said_ in ipairs(call('HVALS', hosts)) do
+    local of_day, in_day, of_month, in_month = string.match(said_, '(%d+) (%d+) (%d+) (%d+)')
+    if tonumber(of_day) == one.day then day = day + tonumber(in_day) end
+    if tonumber(of_month) == one.month then month = month + tonumber(in_month) end
+  end
+  one.day_spent, one.month_spent = max(one.day_spent, day), max(one.month_spent, month)
   save(one, BUDGETS_KEPT)
   say(1, now)
 end

@@ -216,6 +216,7 @@ class RedisLimits:
         self._plans: dict[tuple[Subject, ...], Plan] = {}
         self._budgets: dict[str, _Place] = {}
         self._spent: Mapping[str, tuple[int, int]] = {}
+        self._host = b""
         # Redis' clock minus the loop's. What is seen is too little by the way of an answer: the most is the best.
         self._ahead = self._ahead_next = -float("inf")
         self._probe: _Probe | None = None
@@ -277,10 +278,11 @@ class RedisLimits:
 
     # -- for whoever owns it
 
-    def reconcile(self, spent: Mapping[str, tuple[int, int]]) -> None:
-        """What the ledger says of this UTC day and month, by subject: budgets count at least that. To be called after
-        the start and about once a minute; what Redis lost is made up for by this."""
-        self._spent = spent
+    def reconcile(self, spent: Mapping[str, tuple[int, int]], host: str) -> None:
+        """What the ledger of this host says of this UTC day and month, by subject: budgets count at least what all
+        hosts said. To be called after the start and about once a minute, by every worker with the same `host`; what
+        Redis lost is made up for by this."""
+        self._spent, self._host = spent, host.encode()
         if not self.away:
             self._raise_budgets()
 
@@ -539,7 +541,7 @@ class RedisLimits:
             calendar = Calendar()
             calendar.look(0, time.time())
             day, month = (b"%d" % tokens for tokens in spent)
-            packed = place.call(b"know", b"%d" % calendar.day, day, b"%d" % calendar.month, month)
+            packed = place.call(b"know", b"%d" % calendar.day, day, b"%d" % calendar.month, month, self._host)
             self._line.say(Call(packed))
 
     def _renew(self, *, older_than: float) -> None:

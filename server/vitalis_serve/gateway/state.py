@@ -24,7 +24,6 @@ from vitalis_serve.gateway.limits import Limits
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.gateway.owner_line import Cleared, Message, Noted
 from vitalis_serve.gateway.pool import EnginePool
-from vitalis_serve.gateway.redis_limits import RedisLimits
 from vitalis_serve.gateway.retries import RetryBudget
 from vitalis_serve.gateway.routing import policy
 from vitalis_serve.gateway.seats import CLASSES, Demand, Seat
@@ -35,6 +34,7 @@ from vitalis_serve.spool.writer import SpoolWriter
 
 if TYPE_CHECKING:
     from vitalis_serve.gateway.owner import Distant, Owner
+    from vitalis_serve.gateway.redis_limits import RedisLimits
     from vitalis_serve.gateway.relay import Relay
 
 logger = logging.getLogger(__name__)
@@ -92,14 +92,7 @@ class WorkerState:
         if options.limits_redis_url:
             # Each worker asks it; away, each counts its part.
             self.counted = Limits(1 / (options.gateways * options.workers))
-            self.redis = RedisLimits(
-                options.limits_redis_url,
-                loop=loop,
-                wait_seconds=options.limits_wait_seconds,
-                away=options.limits_away,
-                lease_seconds=options.limits_lease_seconds,
-                local=self.counted,
-            )
+            self.redis = _in_redis(options, loop, self.counted)
             self.limits = RedisLimiting(self.redis, self._wall_now)
         self.retry_budget = RetryBudget(at_least=options.retries_at_least)
         self.estimates = Estimates()
@@ -326,6 +319,19 @@ def _crashed(before: Replica, now: Replica) -> bool:
     """Whether the process that was there before came to an end that nobody asked for."""
     # One that is ended by order drains first, so that it does not serve any more when the next one is started.
     return before.state in SERVING and (now.incarnation != before.incarnation or now.state in CRASHED)
+
+
+def _in_redis(options: WorkerOptions, loop: asyncio.AbstractEventLoop, local: Limits) -> "RedisLimits":
+    from vitalis_serve.gateway.redis_limits import RedisLimits  # 0.2 s of imports, for who wants it
+
+    return RedisLimits(
+        options.limits_redis_url,
+        loop=loop,
+        wait_seconds=options.limits_wait_seconds,
+        away=options.limits_away,
+        lease_seconds=options.limits_lease_seconds,
+        local=local,
+    )
 
 
 def _nobody(replica: str, incarnation: int, reason: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import uvicorn
@@ -32,8 +32,11 @@ from vitalis_serve.gateway.links import HEARTBEAT_SECONDS, ControlLink, Supervis
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.gateway.owner import Owner
 from vitalis_serve.gateway.protocol import ClientConnection
-from vitalis_serve.gateway.redis_limits import RedisLimits
 from vitalis_serve.gateway.state import WorkerState
+from vitalis_serve.spool.files import HOST_ID
+
+if TYPE_CHECKING:
+    from vitalis_serve.gateway.redis_limits import RedisLimits
 from vitalis_serve.gateway.tokens import Grant
 from vitalis_serve.tokens import Memory
 
@@ -213,11 +216,16 @@ class Worker:
             self._suspected[replica] = now
             self._link.say({"type": "suspect", "replica": replica, "incarnation": incarnation, "reason": reason})
 
-    async def _reconcile(self, redis: RedisLimits) -> None:
+    async def _reconcile(self, redis: "RedisLimits") -> None:
         """A Redis that lost its data knows nothing of what was spent this day and month; the ledger does."""
-        while self._options.spent_path and not self._options.worker:
+        while self._options.spent_path:
             try:
-                redis.reconcile(await asyncio.to_thread(self.state.spent))
+                # Control gives the folder its name, so that of the same host is said in the place of what was before.
+                host = await asyncio.to_thread((Path(self._options.spool_folder) / HOST_ID).read_text)
+                redis.reconcile(await asyncio.to_thread(self.state.spent), host.strip())
+            except FileNotFoundError:
+                await asyncio.sleep(1)
+                continue
             except OSError as error:
                 logger.warning("what was spent cannot be read: %s", error)
             await asyncio.sleep(RECONCILE_SECONDS)

@@ -14,6 +14,7 @@ from typing import Final
 
 SUFFIX: Final = ".spool"
 MAKING: Final = ".spare"
+HOST_ID: Final = "host.id"  # in the folder: what control calls it
 _NAME: Final = re.compile(r"(.+)-(\d+)-(\d+)-(\d{6,})\.spool")
 
 
