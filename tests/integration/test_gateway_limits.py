@@ -16,6 +16,7 @@ from tests.support.simulator import Simulator
 from tests.support.worker import WorkerProcess, running_worker, snapshot
 
 OTHER = "vts_otherkey0000_0123456789abcdefghijklmnopqrstuv"
+THIRD = "vts_thirdkey0000_0123456789abcdefghijklmnopqrstuv"  # another tenant's
 MINE = "vts_testkey00000_0123456789abcdefghijklmnopqrstuv"
 _versions = itertools.count(2)
 RESET = re.compile(r"(\d+m)?(\d+(\.\d+)?s)?(\d+ms)?")
@@ -43,6 +44,7 @@ def limited(
         keys=[
             {"id": "testkey00000", "key": MINE, "tenant": "test", "rates": key},
             {"id": "otherkey0000", "key": OTHER, "tenant": "test"},
+            {"id": "thirdkey0000", "key": THIRD, "tenant": "third", "rates": {"concurrent": 100}},
         ],
         tenants=[{"name": "test", "rates": tenant}],
         route_rates=route,
@@ -221,7 +223,7 @@ def hosts(
 
             def counts_there(worker: WorkerProcess = worker, known: Any = known) -> bool:
                 known.flushdb()
-                return ask(worker, tokens=1).status == 200 and bool(known.keys("vts:*tenant:test*"))
+                return ask(worker, THIRD, tokens=1).status == 200 and bool(known.keys("vts:*key:thirdkey*"))
 
             gateway.wait_until(counts_there, 20, what="it counts in Redis")
             known.flushdb()
