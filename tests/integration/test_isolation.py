@@ -528,8 +528,10 @@ def of_deadlines_and_means(site: Site, seen: Refusals, folder: Path) -> None:
 
 
 def test_rate_headers_do_not_move_by_another_s_traffic(site: Site) -> None:
-    """On the same route, with answers of another length, from both workers."""
-    site.control.call("PUT", f"/v1/limits/tenant/{A}", {"requests_per_minute": 1000, "tokens_per_minute": 100_000})
+    """On the same route, under the same limits, with answers of another length, from both workers."""
+    for name in (A, B):
+        same = {"requests_per_minute": 1000, "tokens_per_minute": 100_000}
+        assert site.control.call("PUT", f"/v1/limits/tenant/{name}", same)["applied"]
 
     def left() -> tuple[int, int]:
         headers = ask(site, question(site, "a", tokens=1, max_tokens=None)).head.headers
@@ -542,7 +544,8 @@ def test_rate_headers_do_not_move_by_another_s_traffic(site: Site) -> None:
     second = left()
     assert second[0] >= first[0] - 1
     assert second[1] >= first[1] - 100, "what A is expected to use is learnt from A's own answers"
-    site.control.call("PUT", f"/v1/limits/tenant/{A}", LIMITS_OF_A)
+    for name, own in ((A, LIMITS_OF_A), (B, LIMITS_OF_B)):
+        assert site.control.call("PUT", f"/v1/limits/tenant/{name}", own)["applied"]
 
 
 def cached(api: str, answer: Response) -> int:
