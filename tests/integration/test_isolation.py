@@ -290,7 +290,7 @@ def test_credentials_that_alternate_on_one_connection_stay_apart(site: Site) -> 
                 clean(site, answer.head.raw + answer.body)
 
 
-def test_what_a_model_may_not_be_used_is_said_without_the_others(site: Site) -> None:
+def test_a_model_that_is_refused_is_refused_without_the_names_of_others(site: Site) -> None:
     """A route that exists is 403, one that does not is 404; either names what the key may use and nothing else."""
     for who, may in (("a", "shared, nest"), ("a-only", "nest"), (site.token(A), "shared, nest")):
         for api in PATHS:
