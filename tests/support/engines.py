@@ -171,7 +171,10 @@ class Stack:
     def data(self) -> Path:
         return self.folder / "var"
 
-    def start(self) -> None:
+    def start(self, **settings: Any) -> None:
+        """`settings`, as `stack` has them, are this start's and the later ones'."""
+        vars(self).pop("address", None)
+        self.environ = {**self.environ, **variables(settings)}
         with (self.folder / "terminal.log").open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -289,6 +292,11 @@ class Stack:
             raise AssertionError(f"it did not stop within {STOP_SECONDS} s:\n{self.log()}") from None
 
 
+def variables(settings: Mapping[str, Any]) -> dict[str, str]:
+    """As the environment has them."""
+    return {f"VITALIS_{name.upper()}": str(value) for name, value in settings.items()}
+
+
 @contextlib.contextmanager
 def stack(make: str = "", **settings: Any) -> Iterator[Stack]:
     """A whole tree on free ports, stopped at the end; with `make`, started by that target of the Makefile. `settings`
@@ -306,7 +314,7 @@ def stack(make: str = "", **settings: Any) -> Iterator[Stack]:
             "VITALIS_GATEWAY_HOST": "127.0.0.1",
             "VITALIS_GATEWAY_PORT": "0",
             "VITALIS_CONTROL_PORT": "0",
-            **{f"VITALIS_{name.upper()}": str(value) for name, value in settings.items()},
+            **variables(settings),
         }
         tree = Stack(folder, environ)
         if make:

@@ -4,7 +4,7 @@ They run one after the other: a machine with two cores and a few gigabytes canno
 another tree than the one that runs ends that one first, and pytest is told to order tests by tree.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -33,6 +33,13 @@ class Trees:
             self._tree.wait_ready(TREES[name]["engines_replicas"])
         assert self._tree is not None
         return self._tree
+
+    def succeed(self, name: str) -> None:
+        """The running one's supervisor is dead: `name` starts in its folder."""
+        assert self._tree is not None
+        self._tree.start(**TREES[name])
+        self.name = name
+        self._tree.wait_ready(TREES[name]["engines_replicas"])
 
     def end(self) -> None:
         if self.name:
@@ -69,6 +76,12 @@ def parallel(trees: Trees) -> engines.Stack:
 
 
 @pytest.fixture
+def succeed(trees: Trees) -> Callable[[str], None]:
+    """For the last test of a tree: it kills that, and has another one started in its place."""
+    return trees.succeed
+
+
+@pytest.fixture
 def no_tree(trees: Trees) -> None:
     """For tests that start one of their own: the machine may not hold two."""
     trees.end()
@@ -77,11 +90,11 @@ def no_tree(trees: Trees) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """By tree, and every test of this folder is marked: it starts a real vLLM, and building a model takes minutes."""
-    order = ["pair", "parallel", "no_tree"]
+    order = ["pair", "succeed", "parallel", "no_tree"]
 
     def rank(item: pytest.Item) -> int:
         used = [order.index(name) for name in getattr(item, "fixturenames", ()) if name in order]
-        return min(used, default=len(order))
+        return max(used, default=len(order))
 
     here = [item for item in items if "tests/vllm/" in item.path.as_posix()]
     for item in here:
