@@ -211,6 +211,20 @@ def test_scopes_of_keys_open_what_they_should(site: Site) -> None:
     assert refused(lambda: admin.call("GET", "/v1/fleet"))[:2] == (401, "invalid_key")
 
 
+def test_a_revoked_tenant_s_tokens_do_not_open_control(site: Site) -> None:
+    site.tenant("ending")
+    root: dict[str, Any] = {"realm_access": {"roles": ["root"]}}
+    theirs, nobody_s = (
+        Client(site.control.address, site.issuer.token(sub="bob", tenant=tenant, **root)) for tenant in ("ending", None)
+    )
+    assert theirs.call("GET", "/v1/audit")["audit"]
+    assert theirs.call("DELETE", "/v1/tenants/ending")["status"] == "disabled"
+    said = refused(lambda: theirs.call("GET", "/v1/audit"))
+    assert said[:2] == (401, "invalid_token")
+    assert "This token's tenant, `ending`, was revoked." in said[2]
+    assert nobody_s.call("GET", "/v1/audit")["audit"]
+
+
 def test_a_forged_token_does_not_open_control(site: Site) -> None:
     root: dict[str, Any] = {"realm_access": {"roles": ["root"]}}
 

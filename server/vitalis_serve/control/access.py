@@ -3,7 +3,7 @@ issuers whose claims give a role; and what a peer that guesses gets.
 
 The right credential is always let in, whoever else behind the same address guesses: with 238 bits there is
 nothing to guess, and everyone on this machine shares one address. The limit keeps failures from filling the
-log. Keys are looked up in what was published last, so a flood of wrong ones costs no query.
+log. Keys and tenants are looked up in what was published last, so a flood of wrong ones costs no query.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from vitalis_serve.control.files import kept_secret
 from vitalis_serve.errors import ServeError
-from vitalis_serve.store.records import Key
+from vitalis_serve.store.records import DISABLED, Contents
 from vitalis_serve.tokens import Issuer, Memory, Tokens, looks_like_jwt, shown, text_claim, words_claim
 
 # Each may do what those before it may.
@@ -31,6 +31,13 @@ class Principal(NamedTuple):
 
     name: str
     role: str | None
+
+
+class Speaker(NamedTuple):
+    """Who a token speaks for, and the tenant of ours that it names; None where it names none."""
+
+    principal: Principal
+    tenant: str | None
 
 
 def control_token(path: Path) -> str:
@@ -89,16 +96,18 @@ class Access:
     """Answers whose an `Authorization` header is."""
 
     def __init__(self, token: str, failures: Failures) -> None:
-        self.memory: Memory[Principal] = Memory()  # of the tokens verified here
+        self.memory: Memory[Speaker] = Memory()  # of the tokens verified here
         self._expected = f"bearer {token}".encode()
         self._failures = failures
-        self._tokens: Tokens[Principal] | None = None
+        self._tokens: Tokens[Speaker] | None = None
         self._keys: dict[bytes, tuple[Principal, float]] = {}
+        self._revoked: frozenset[str] = frozenset()
 
-    def know(self, keys: Iterable[Key]) -> None:
-        """The keys that open something from now on."""
+    def know(self, contents: Contents) -> None:
+        """The keys that open something from now on, and the tenants whose tokens open nothing."""
+        self._revoked = frozenset(tenant.name for tenant in contents.tenants if tenant.status == DISABLED)
         self._keys = {}
-        for key in keys:
+        for key in contents.keys:
             principal = Principal(f"key:{key.id}", _role_of_scopes(key.scopes))
             until = key.expires_at or _NEVER
             if key.old_digest is not None:
@@ -108,7 +117,7 @@ class Access:
     def trust(self, issuers: Iterable[Issuer]) -> None:
         """The issuers whose tokens are taken from now on."""
         listed = list(issuers)
-        self._tokens = Tokens(listed, self.memory, _principal) if listed else None
+        self._tokens = Tokens(listed, self.memory, _speaker) if listed else None
 
     def check(self, authorization: bytes | None, peer: str, now: float, wall: float) -> Principal:
         """`now` of a clock that never goes back, `wall` in Unix seconds. Raises ServeError `missing_key`,
@@ -143,7 +152,10 @@ class Access:
                     raise ServeError("expired_key", "this key, or this secret of it, has expired")
                 return found[0]
             if self._tokens is not None and looks_like_jwt(token):
-                return self._tokens.verify(token, digest, wall).meaning
+                principal, tenant = self._tokens.verify(token, digest, wall).meaning
+                if tenant in self._revoked:  # each time: a token once verified is remembered
+                    raise ServeError("invalid_token", f"This token's tenant, `{shown(tenant)}`, was revoked.")
+                return principal
         raise ServeError("invalid_key", "this is neither control's token (in the file control.token) nor a known key")
 
 
@@ -151,8 +163,8 @@ def _role_of_scopes(scopes: Iterable[str]) -> str | None:
     return next((scope for scope in ("admin", "metrics") if scope in scopes), None)
 
 
-def _principal(issuer: Issuer, claims: dict[str, Any]) -> Principal:
-    """Who a token speaks for: the highest of the roles that its issuer's configuration makes of its claims."""
+def _speaker(issuer: Issuer, claims: dict[str, Any]) -> Speaker:
+    """By its issuer's configuration: of the roles that its claims come to, it has the highest."""
     subject = text_claim(claims, "sub")
     if not subject:
         raise ServeError("invalid_token", "This token has no `sub`: control writes down who did what.")
@@ -161,4 +173,8 @@ def _principal(issuer: Issuer, claims: dict[str, Any]) -> Principal:
         name = f"sha256-{hashlib.sha256(subject.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
     words = words_claim(claims, issuer.roles_claim) if issuer.roles_claim is not None else []
     roles = [issuer.roles[word] for word in words if word in issuer.roles]
-    return Principal(f"oidc:{issuer.name}:{name}", max(roles, key=ROLES.index, default=None))
+    principal = Principal(f"oidc:{issuer.name}:{name}", max(roles, key=ROLES.index, default=None))
+    tenant = text_claim(claims, issuer.tenant_claim)
+    if tenant and issuer.tenants:
+        tenant = issuer.tenants.get(tenant)
+    return Speaker(principal, tenant or None)

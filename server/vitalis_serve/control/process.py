@@ -90,7 +90,7 @@ async def run(options: ControlOptions) -> None:
         closing.push_async_callback(store.close)
         snapshots = Snapshots(store, workers, options, cache_secret)
         workers.overtaken = snapshots.overtaken
-        snapshots.published = lambda contents: access.know(contents.keys)
+        snapshots.published = access.know
         issuers = _issuers(options, access, snapshots, workers)
         try:
             await snapshots.start()

@@ -4,10 +4,11 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from vitalis_serve.control.access import ROLES, Access, Failures, Principal, control_token, needed, permit
 from vitalis_serve.errors import ServeError, StartError
-from vitalis_serve.store.records import Key
+from vitalis_serve.store.records import ACTIVE, DISABLED, Contents, Key, Tenant
 from vitalis_serve.store.secrets import NewKey, new_key
 from vitalis_serve.tokens import Issuer
 
@@ -109,7 +110,7 @@ def who(access: Access, token: str | bytes, wall: float = NOW) -> Principal:
 )
 def test_a_key_has_the_role_of_its_scopes(scopes: tuple[str, ...], role: str | None) -> None:
     access, made = Access("vtc_right", Failures()), new_key()
-    access.know([stored(made, scopes=scopes)])
+    access.know(Contents((), (stored(made, scopes=scopes),)))
     assert who(access, made.key) == (f"key:{made.id}", role)
     assert code(access, f"Basic {made.key}".encode()) == "invalid_key"
 
@@ -117,13 +118,13 @@ def test_a_key_has_the_role_of_its_scopes(scopes: tuple[str, ...], role: str | N
 def test_a_key_opens_until_it_ends_and_its_old_secret_until_then() -> None:
     access, made, old = Access("vtc_right", Failures()), new_key(), new_key()
     key = stored(made, scopes=("admin",), expires_at=int(NOW) + 100, old_digest=old.digest, old_until=int(NOW) + 10)
-    access.know([key])
+    access.know(Contents((), (key,)))
     assert who(access, made.key, NOW + 99).name == who(access, old.key, NOW + 9).name == f"key:{made.id}"
     for secret, until in ((made.key, NOW + 100), (old.key, NOW + 10)):
         with pytest.raises(ServeError) as caught:
             who(access, secret, until)
         assert caught.value.code == "expired_key"
-    access.know([])
+    access.know(Contents((), ()))
     assert code(access, f"Bearer {made.key}".encode()) == "invalid_key"
 
 
@@ -157,6 +158,41 @@ def test_whoever_it_is_has_a_name_that_fits_the_audit_table(sub: str) -> None:
     assert len(one) <= 128
     assert one != who(access, sign(claims(HERE, NOW, sub=sub + "x"))).name
     assert one == who(access, sign(claims(HERE, NOW, sub=sub, jti="2"))).name
+
+
+@pytest.mark.parametrize(
+    ("tenants", "claimed", "refused"),
+    [
+        ({}, "acme", True),
+        ({}, "other", False),
+        ({}, "nobody", False),
+        ({}, "", False),
+        ({}, None, False),
+        ({"a-team": "acme"}, "a-team", True),
+        ({"a-team": "acme"}, "acme", False),  # what the issuer calls so is none of ours
+    ],
+)
+def test_a_token_of_a_revoked_tenant_opens_nothing_from_then_on(
+    tenants: dict[str, str], claimed: str | None, refused: bool
+) -> None:
+    access = Access("vtc_right", Failures())
+    access.trust([msgspec.structs.replace(SITE, tenants=tenants)])
+    token = sign(claims(HERE, NOW, tenant=claimed, realm={"roles": ["root"]}))
+    for status in (ACTIVE, DISABLED, ACTIVE):
+        access.know(Contents((Tenant("acme", 1, status), Tenant("other", 1)), ()))
+        if refused and status == DISABLED:
+            with pytest.raises(ServeError, match="This token's tenant, `acme`, was revoked") as caught:
+                who(access, token)
+            assert (caught.value.code, caught.value.status) == ("invalid_token", 401)
+        else:
+            assert who(access, token) == ("oidc:site:someone", "admin")
+
+
+def test_a_token_whose_tenant_cannot_be_read_is_refused() -> None:
+    access = Access("vtc_right", Failures())
+    access.trust([SITE])
+    with pytest.raises(ServeError, match="claim `tenant` must be text"):
+        who(access, sign(claims(HERE, NOW, tenant=["acme"], realm={"roles": ["root"]})))
 
 
 @pytest.mark.parametrize("sub", [None, "", 7])
