@@ -8,4 +8,4 @@ supervise/    keeping child processes alive         engines/    what to run: arg
 gateway/      the data plane                        control/    the admin plane
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

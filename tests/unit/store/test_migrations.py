@@ -1,11 +1,13 @@
 """The way to the schema and back, with data in it, on both kinds of store; and the version before on the newest one."""
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
+from vitalis_serve import __version__
 from vitalis_serve.errors import StartError
 from vitalis_serve.store import tables
 from vitalis_serve.store.database import open_database, sqlite_engine, writing
@@ -16,6 +18,8 @@ from tests.support.stores import Place
 
 STEPS = ("0001", "0002", "0003", "0004", "0005", "0006")
 ADDS_COLUMNS = ("0003", "0006")
+# The oldest version that knows each step. 0.1.0 knew two.
+NEEDS = dict.fromkeys(STEPS[:2], "0.1.0") | dict.fromkeys(STEPS[2:], "0.2.0")
 # What each step made, with a row in it: table, columns, values.
 MADE = {
     "0001": [
@@ -122,7 +126,7 @@ def test_every_step_up_and_down_keeps_the_rows(place: Place) -> None:
         place.migrate(revision)
         kept = contents(place, revision)
         assert kept == {name: after[name] for name in kept}
-        assert place.run("SELECT id, snapshot_version, needs_program FROM state") == [(1, 41, "0.1.0")]
+        assert place.run("SELECT id, snapshot_version, needs_program FROM state") == [(1, 41, NEEDS[revision])]
     assert place.tables() == {"tenants", "keys", "state", "alembic_version"}
     place.with_engine(nothing)
     assert revision_of(place) == STEPS[-1]
@@ -154,12 +158,22 @@ def test_opening_twice_changes_nothing(place: Place) -> None:
     assert contents(place, STEPS[-1]) == before
 
 
-def test_newer_schema_is_refused_with_the_version_it_needs(place: Place) -> None:
+def test_the_store_says_which_version_knows_each_step(place: Place) -> None:
+    """So that one that does not asks for a newer one, never for itself."""
+    for revision in STEPS:
+        place.migrate(revision)
+        assert place.run("SELECT needs_program FROM state") == [(NEEDS[revision],)]
+    assert tuple(map(int, NEEDS[STEPS[-1]].split("."))) <= tuple(map(int, __version__.split(".")))
+
+
+def test_newer_schema_is_refused_where_it_needs_a_newer_version(place: Place) -> None:
     place.with_engine(nothing)
-    place.run("UPDATE alembic_version SET version_num = '0099'", "UPDATE state SET needs_program = '7.2.0'")
-    with pytest.raises(StartError, match=r"schema 0099.*needs vitalis-serve 7\.2\.0 or newer"):
-        place.with_engine(nothing)
-    assert revision_of(place) == "0099"
+    major, minor, patch = map(int, __version__.split("."))
+    for needs in ("7.2.0", f"{major}.{minor}.{patch + 1}", f"{major}.{minor + 10}.0", f"{__version__}.1", "next"):
+        place.run("UPDATE alembic_version SET version_num = '0099'", f"UPDATE state SET needs_program = '{needs}'")
+        with pytest.raises(StartError, match=rf"schema 0099.*needs vitalis-serve {re.escape(needs)} or newer"):
+            place.with_engine(nothing)
+        assert revision_of(place) == "0099"
 
 
 def test_newer_schema_of_unknown_need_is_refused(place: Place) -> None:
@@ -169,12 +183,13 @@ def test_newer_schema_of_unknown_need_is_refused(place: Place) -> None:
         place.with_engine(nothing)
 
 
-def test_newer_schema_that_this_program_understands_is_served_and_left_alone(place: Place) -> None:
+@pytest.mark.parametrize("needs", ["0.0.9", "0.1.0", __version__])
+def test_newer_schema_that_this_program_understands_is_served_and_left_alone(place: Place, needs: str) -> None:
     """During an upgrade the version before may be started once more."""
     place.with_engine(nothing)
     place.run(
         "UPDATE alembic_version SET version_num = '0099'",
-        "UPDATE state SET needs_program = '0.0.9', snapshot_version = 7",
+        f"UPDATE state SET needs_program = '{needs}', snapshot_version = 7",
         "ALTER TABLE tenants ADD COLUMN colour TEXT",
     )
 
@@ -185,7 +200,7 @@ def test_newer_schema_that_this_program_understands_is_served_and_left_alone(pla
 
     assert place.with_store(work) == 8
     assert revision_of(place) == "0099"
-    assert place.run("SELECT needs_program FROM state") == [("0.0.9",)]
+    assert place.run("SELECT needs_program FROM state") == [(needs,)]
 
 
 # What version 0.1.0 said to its store before there was more than its first two steps: the statements of its

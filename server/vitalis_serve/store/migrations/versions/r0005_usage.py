@@ -7,7 +7,7 @@ revision = "0005"
 down_revision = "0004"
 branch_labels = None
 depends_on = None
-needs_program = "0.1.0"
+needs_program = "0.2.0"
 
 
 def upgrade() -> None:

@@ -7,7 +7,7 @@ revision = "0006"
 down_revision = "0005"
 branch_labels = None
 depends_on = None
-needs_program = "0.1.0"
+needs_program = "0.2.0"
 
 
 def upgrade() -> None:
