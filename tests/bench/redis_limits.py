@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "server")]
 
 import uvloop  # noqa: E402
+from vitalis_serve.gateway.limiting import LocalLimiting  # noqa: E402
 from vitalis_serve.gateway.limits import Claim, Limits, Rates, Subject  # noqa: E402
 from vitalis_serve.gateway.redis_limits import RedisLimits  # noqa: E402
 
@@ -42,7 +43,8 @@ def redis_seconds(pid: int) -> float:
 
 async def measure(server: RedisServer, *, together: int, subjects: int) -> None:
     loop = asyncio.get_running_loop()
-    limits = RedisLimits(server.url, loop=loop, wait_seconds=5, away="refuse", lease_seconds=30, local=Limits())
+    local = LocalLimiting(Limits(), time.time)
+    limits = RedisLimits(server.url, loop=loop, wait_seconds=5, away="refuse", lease_seconds=30, local=local)
     running = asyncio.create_task(limits.run())
     while limits.away:
         await asyncio.sleep(0.01)

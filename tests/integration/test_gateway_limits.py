@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,12 @@ def test_each_api_is_told_in_its_own_words(tmp_path: Path, engine: Simulator, ap
         assert answer.json["error"]["type"] == "rate_limit_error"
 
 
+def counts_there(worker: WorkerProcess, known: Any) -> bool:
+    """In the emptied Redis."""
+    known.flushdb()
+    return ask(worker, THIRD, tokens=1).status == 200 and bool(known.keys("vts:*key:thirdkey*"))
+
+
 @contextlib.contextmanager
 def hosts(
     folder: Path, engine: Simulator, server: redis.RedisServer, rates: dict[str, Any], **options: Any
@@ -220,12 +227,7 @@ def hosts(
             (worker,) = stack.enter_context(limited(folder / name, engine, tenant=rates, **shared))
             running.append(worker)
             known = stack.enter_context(contextlib.closing(server.client()))
-
-            def counts_there(worker: WorkerProcess = worker, known: Any = known) -> bool:
-                known.flushdb()
-                return ask(worker, THIRD, tokens=1).status == 200 and bool(known.keys("vts:*key:thirdkey*"))
-
-            gateway.wait_until(counts_there, 20, what="it counts in Redis")
+            gateway.wait_until(partial(counts_there, worker, known), 20, what="it counts in Redis")
             known.flushdb()
         yield running
 
@@ -262,3 +264,41 @@ def test_without_redis_the_policy_holds_until_it_is_back(
             lambda: codes([ask(worker) for worker in pair]) == ["ok", "ok"], 30, what="both count there again"
         )
         assert "requests_limit" in codes([ask(pair[n % 2]) for n in range(5)])
+
+
+def test_without_redis_the_owner_counts_for_all_workers_of_a_host(tmp_path: Path, engine: Simulator) -> None:
+    """Of 4 this one of two hosts has 2, however many workers it has; what is given back is given back there."""
+    with (
+        redis.started(tmp_path) as server,
+        simulator.started("--decode-step-ms", "5") as slow,
+        limited(
+            tmp_path,
+            slow,
+            workers=3,
+            key={"requests_per_minute": 4},
+            tenant={"concurrent": 4},
+            gateways=2,
+            limits_redis_url=server.url,
+            limits_wait_seconds=0.5,
+        ) as running,
+        ThreadPoolExecutor(6) as threads,
+    ):
+        with contextlib.closing(server.client()) as known:
+            for worker in running:
+                gateway.wait_until(partial(counts_there, worker, known), 20, what="it counts in Redis")
+        server.kill()
+        answers = list(threads.map(lambda n: ask(running[n % 3], tokens=2), range(12)))
+        assert sorted(codes(answers)) == ["ok"] * 2 + ["requests_limit"] * 10
+        assert {answer.head.headers["x-ratelimit-limit-requests"] for answer in answers} == {"2"}
+        for worker in running:
+            gateway.settled(worker)
+        other = {"authorization": f"Bearer {OTHER}"}
+        wires = [
+            gateway.start_stream(worker, gateway.request("chat", headers=other, stream=True, tokens=4000))[0]
+            for worker in running[1:]
+        ]
+        assert codes([ask(worker, OTHER, tokens=2) for worker in running]) == ["concurrency_limit"] * 3
+        wires.pop().close()
+        for worker in running:
+            gateway.wait_until(lambda w=worker: ask(w, OTHER, tokens=2).status == 200, what="there is a place again")
+        wires.pop().close()

@@ -20,7 +20,8 @@ import pytest
 import uvloop
 from redis import Redis
 from vitalis_serve.errors import ConfigurationError, ServeError
-from vitalis_serve.gateway.limits import Claim, Limits, Rates, Standing, Subject
+from vitalis_serve.gateway.limiting import LocalLimiting
+from vitalis_serve.gateway.limits import DAY, Claim, Limits, Rates, Standing, Subject
 from vitalis_serve.gateway.redis_limits import EPOCH, SCRIPT, Plan, RedisLimits
 
 from tests.support import redis as support
@@ -84,7 +85,7 @@ async def host(
     url: str, *, share: float = 0.5, away: str = "share", wait: float = 0.5, lease: float = 30, connected: bool = True
 ) -> AsyncIterator[Host]:
     """wait: ten times of what is shipped, as other tests keep the machine busy."""
-    local = Limits(share)
+    local = LocalLimiting(Limits(share), time.time)
     limits = RedisLimits(
         url, loop=asyncio.get_running_loop(), wait_seconds=wait, away=away, lease_seconds=lease, local=local
     )
@@ -619,7 +620,7 @@ def test_a_restarted_redis_learns_what_runs_and_what_was_spent(own: RedisServer)
 
     async def scenario() -> None:
         async with host(own.url) as one:
-            one.limits.reconcile({"key:t": (700, 900), "key:other": (1, 1)}, "one")
+            one.limits.reconcile({"key:t": (700, 900), "key:other": (1, 1)}, "one", time.time())
             assert await one.reserve(asked, "a") == "yes"
             account = Account(own).read()
             assert (account["day_spent"], account["month_spent"], account["reserved"]) == (700, 900, 100)
@@ -633,12 +634,28 @@ def test_a_restarted_redis_learns_what_runs_and_what_was_spent(own: RedisServer)
             assert await one.reserve(asked, "b") == "yes"
             assert await one.reserve(asked) == "concurrency_limit"
             one.settle("a", 50)
-            one.limits.reconcile({"key:t": (1000, 1000)}, "one")
+            one.limits.reconcile({"key:t": (1000, 1000)}, "one", time.time())
             one.settle("b", 10)
             await one.settled()
             assert Account(own).read()["day_spent"] in (1000, 1010)
             assert await one.reserve(asked) == "budget_spent"
-            one.limits.reconcile({"key:t": (5, 5)}, "one")  # the ledger is behind
+            one.limits.reconcile({"key:t": (5, 5)}, "one", time.time())  # the ledger is behind
+            assert await one.reserve(asked) == "budget_spent"
+
+    run(scenario())
+
+
+def test_what_was_spent_yesterday_does_not_count_today(server: RedisServer) -> None:
+    """The ledger was read before midnight, and Redis hears of it after."""
+
+    async def scenario() -> None:
+        asked = claim(100, key=Rates(tokens_per_day=1000), tenant=Rates(tokens_per_month=1000))
+        async with host(server.url) as one:
+            one.limits.reconcile({"key:t": (1000, 1000)}, "one", time.time() - DAY)
+            assert await one.reserve(asked, "a") == "yes"
+            await one.settled()
+            assert Account(server).read()["day_spent"] == 0
+            one.limits.reconcile({"key:t": (1000, 1000)}, "one", time.time())
             assert await one.reserve(asked) == "budget_spent"
 
     run(scenario())
@@ -653,8 +670,8 @@ def test_what_each_host_spent_is_added_up(own: RedisServer) -> None:
             assert await one.reserve(asked, "a") == "yes"
             assert await two.reserve(asked, "b") == "yes"
             for _ in range(2):
-                one.limits.reconcile({"key:t": (400, 400)}, "one")
-                two.limits.reconcile({"key:t": (500, 700)}, "two")
+                one.limits.reconcile({"key:t": (400, 400)}, "one", time.time())
+                two.limits.reconcile({"key:t": (500, 700)}, "two", time.time())
             await one.settled()
             await two.settled()
             account = Account(own).read()

@@ -1,9 +1,9 @@
 """Limits that several hosts share, counted in Redis by the rules of `limits.py` (`limits.lua` has them).
 
 How it works: a claim is one call of the script, answered within `wait_seconds` or else by the policy for Redis' being
-away: counted on this host (`share`), or refused. The first claim that waited in vain sends all others there at once;
-a probe every quarter of a second finds Redis' return. What was reserved in Redis is settled there, what was reserved
-here is settled here.
+away: counted on this host, by one for all its workers (`share`), or refused. The first claim that waited in vain sends
+all others there at once; a probe every quarter of a second finds Redis' return. What was reserved in Redis is settled
+there, what was reserved on this host is settled here.
 
 A claim tells Redis by when it is wanted: carried out later it does nothing, and one whose answer comes too late, or
 never, is taken back. Who is let in has a lease, renewed from here, so a killed process holds nothing for longer than
@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
@@ -27,7 +26,8 @@ from typing import Final
 from redis.exceptions import ClusterCrossSlotError, RedisError, ResponseError
 
 from vitalis_serve.errors import ConfigurationError, ServeError
-from vitalis_serve.gateway.limits import Account, Calendar, Claim, Limits, Standing, Subject, headers_of, refusal_of
+from vitalis_serve.gateway.limiting import Limiting
+from vitalis_serve.gateway.limits import Account, Calendar, Claim, Standing, Subject, headers_of, refusal_of
 from vitalis_serve.gateway.redis_line import Call, Line, Script, bulk, place_of, pool_of
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ EPOCH: Final = 1767225600  # Unix seconds; as in the script
 _UNAVAILABLE: Final = "Limits cannot be checked just now."
 
 Outcome = Standing | ServeError
-_WAITING, _REMOTE, _LOCAL, _REFUSED, _GONE = range(5)
+# ASKED: who counts on this host, and has not answered yet.
+_WAITING, _ASKED, _REMOTE, _LOCAL, _REFUSED, _GONE = range(6)
 
 
 class _Place:
@@ -116,7 +117,7 @@ class Plan:
 
 
 class _Ask(Call):
-    """A claim, from the question until it is settled."""
+    """A claim, from the question until it is settled. To who counts on this host it is the relay."""
 
     __slots__ = (
         "_owner", "claim", "deadline", "done", "entered", "holder", "member", "now", "plan", "since", "state", "wall",
@@ -142,6 +143,12 @@ class _Ask(Call):
 
     def answered(self, reply: bytes | ResponseError) -> None:
         self._owner.on_asked(self, reply)
+
+    def on_reserved(self, lines: bytes) -> None:
+        self._owner.on_local(self, Standing(lines))
+
+    def on_limited(self, error: ServeError) -> None:
+        self._owner.on_local(self, error)
 
 
 class _Tell(Call):
@@ -173,7 +180,7 @@ class _Probe(Call):
 class RedisLimits:
     """`run` is its one task (with two for a connection); requests only append to what that sends.
 
-    url: redis://, rediss:// or unix://. away: `share` counts in `local` while Redis is away, `refuse` answers
+    url: redis://, rediss:// or unix://. away: `share` asks `local` while Redis is away, `refuse` answers
     limits_unavailable. lease_seconds: so long a process that was killed still counts as running what it ran.
     ConfigurationError where the address is none.
 
@@ -190,7 +197,7 @@ class RedisLimits:
         wait_seconds: float,
         away: str,
         lease_seconds: float,
-        local: Limits,
+        local: Limiting,
     ) -> None:
         try:
             self._pool = pool_of(url)
@@ -217,6 +224,7 @@ class RedisLimits:
         self._budgets: dict[str, _Place] = {}
         self._spent: Mapping[str, tuple[int, int]] = {}
         self._host = b""
+        self._calendar = Calendar()  # the day and month that `_spent` is of
         # Redis' clock minus the loop's. What is seen is too little by the way of an answer: the most is the best.
         self._ahead = self._ahead_next = -float("inf")
         self._probe: _Probe | None = None
@@ -252,12 +260,12 @@ class RedisLimits:
         if ask is None:
             return
         if ask.state == _LOCAL:
-            self._local.settle(holder, tokens, now, wall)
+            self._local.settle(ask, ask.claim.tokens if tokens is None else tokens, now)
         elif ask.state == _REMOTE:
             used = ask.estimate if tokens is None else b"%d" % tokens
             self._tell(_Tell(self, ask.plan.call(b"settle", ask.member, ask.estimate, used, ask.since), counts=True))
         else:
-            self._drop(ask)
+            self._drop(ask, now)
 
     def release(self, holder: Hashable, now: float, wall: float) -> None:
         """As `Limits.release`, where it was reserved; also before the answer, which then does not come."""
@@ -265,10 +273,10 @@ class RedisLimits:
         if ask is None:
             return
         if ask.state == _LOCAL:
-            self._local.release(holder, now, wall)
+            self._local.release(ask, now)
         elif ask.state == _REMOTE:
             self._take_back(ask)
-        self._drop(ask)
+        self._drop(ask, now)
 
     def forget(self, holder: Hashable) -> None:
         """Its client left before the answer."""
@@ -278,11 +286,13 @@ class RedisLimits:
 
     # -- for whoever owns it
 
-    def reconcile(self, spent: Mapping[str, tuple[int, int]], host: str) -> None:
-        """What the ledger of this host says of this UTC day and month, by subject: budgets count at least what all
-        hosts said. To be called after the start and about once a minute, by every worker with the same `host`; what
+    def reconcile(self, spent: Mapping[str, tuple[int, int]], host: str, wall: float) -> None:
+        """What the ledger of this host says of the UTC day and month of `wall`, by subject: budgets count at least what
+        all hosts said. To be called after the start and about once a minute, by every worker with the same `host`; what
         Redis lost is made up for by this."""
         self._spent, self._host = spent, host.encode()
+        self._calendar = Calendar()
+        self._calendar.look(0, wall)
         if not self.away:
             self._raise_budgets()
 
@@ -472,14 +482,19 @@ class RedisLimits:
             ask.state = _REFUSED
             self._answer(ask, ServeError("limits_unavailable", _UNAVAILABLE, retry_after=1))
             return
+        ask.state = _ASKED
         try:
-            standing = self._local.reserve(ask.claim, ask.holder, *self._time_of(ask))
+            lines = self._local.ask(ask, ask.claim, self._time_of(ask)[0])
         except ServeError as error:
-            ask.state = _REFUSED
-            self._answer(ask, error)
+            self.on_local(ask, error)
         else:
-            ask.state = _LOCAL
-            self._answer(ask, standing)
+            if lines is not None:
+                self.on_local(ask, Standing(lines))
+
+    def on_local(self, ask: _Ask, outcome: Outcome) -> None:
+        """The answer of who counts on this host."""
+        ask.state = _LOCAL if isinstance(outcome, Standing) else _REFUSED
+        self._answer(ask, outcome)
 
     def _time_of(self, ask: _Ask) -> tuple[float, float]:
         elapsed = self._loop.time() - ask.entered
@@ -497,7 +512,9 @@ class RedisLimits:
 
     # -- what is told
 
-    def _drop(self, ask: _Ask) -> None:
+    def _drop(self, ask: _Ask, now: float) -> None:
+        if ask.state == _ASKED:
+            self._local.release(ask, now)
         ask.state = _GONE
         ask.dropped = True
 
@@ -538,8 +555,7 @@ class RedisLimits:
     def _raise_budget(self, place: _Place) -> None:
         spent = self._spent.get(place.name)
         if spent is not None and self._line is not None:
-            calendar = Calendar()
-            calendar.look(0, time.time())
+            calendar = self._calendar
             day, month = (b"%d" % tokens for tokens in spent)
             packed = place.call(b"know", b"%d" % calendar.day, day, b"%d" % calendar.month, month, self._host)
             self._line.say(Call(packed))

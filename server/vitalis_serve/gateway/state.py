@@ -56,7 +56,8 @@ class WorkerState:
         self.access = AccessLog(options.access_log_path)
         self.owner: Owner | None = None  # of admission, where other workers ask this one
         self.killers = Killers()
-        # By this worker, of all of this host or while Redis is away; and from when on (Unix seconds).
+        # By this worker, where it owns admission: of this host, always or while Redis is away. And from when on
+        # (Unix seconds).
         self.counted = Limits(1 / options.gateways)
         self.counted_from = 0.0
         self.limits: Limiting = LocalLimiting(self.counted, self._wall_now)
@@ -90,9 +91,8 @@ class WorkerState:
             patience = options.connect_seconds + options.first_token_seconds + 25
             self.breakers = Breakers(BreakerOptions(failures=options.breaker_failures, probe_seconds=patience))
         if options.limits_redis_url:
-            # Each worker asks it; away, each counts its part.
-            self.counted = Limits(1 / (options.gateways * options.workers))
-            self.redis = _in_redis(options, loop, self.counted)
+            # Each worker asks it; away, the owner counts for all of this host.
+            self.redis = _in_redis(options, loop, self.limits)
             self.limits = RedisLimiting(self.redis, self._wall_now)
         self.retry_budget = RetryBudget(at_least=options.retries_at_least)
         self.estimates = Estimates()
@@ -106,15 +106,19 @@ class WorkerState:
         self.jitter = random.Random().random  # noqa: S311 - spreads clients, guards nothing
         self.on_suspect: Callable[[str, int, str], None] = _nobody
         self._pools: dict[str, EnginePool] = {}
-        self._id_prefix = b"req-" + os.urandom(6).hex().encode()
-        self._ids = 0
+        self._chance = b""  # for request ids, used up to
+        self._chance_at = 0
         self._entry_prefix = os.urandom(10)
         self._entries = 0
         self._ticking = False
 
     def next_request_id(self) -> bytes:
-        self._ids += 1
-        return b"%b%x" % (self._id_prefix, self._ids)
+        """Chance alone: one that counted would tell a tenant how much the others ask."""
+        at = self._chance_at
+        if at + 20 > len(self._chance):
+            self._chance, at = os.urandom(5000).hex().encode(), 0
+        self._chance_at = at + 20
+        return b"req-" + self._chance[at : at + 20]
 
     def next_entry(self) -> bytes:
         """The ledger's id of a request, whatever its caller calls it: 16 bytes, never again the same."""
@@ -134,11 +138,12 @@ class WorkerState:
             self.spool = SpoolWriter(Path(options.spool_folder), options.name, segment_bytes=size)
             if not options.worker:
                 self.counted_from = self.wall()
-                self.counted.seed(self.spent(), self.counted_from)
+                self.counted.seed(self.spent(self.counted_from), self.counted_from)
 
-    def spent(self) -> dict[str, tuple[int, int]]:
-        """Tokens of this day and month by subject, as the ledger and the spool have them now. Waits for the disk."""
-        return seed(Path(self.options.spent_path), Path(self.options.spool_folder), self.wall())
+    def spent(self, wall: float) -> dict[str, tuple[int, int]]:
+        """Tokens of the day and month of `wall` (Unix seconds) by subject, as the ledger and the spool have them now.
+        Waits for the disk."""
+        return seed(Path(self.options.spent_path), Path(self.options.spool_folder), wall)
 
     # -- the fleet
 
@@ -321,7 +326,7 @@ def _crashed(before: Replica, now: Replica) -> bool:
     return before.state in SERVING and (now.incarnation != before.incarnation or now.state in CRASHED)
 
 
-def _in_redis(options: WorkerOptions, loop: asyncio.AbstractEventLoop, local: Limits) -> "RedisLimits":
+def _in_redis(options: WorkerOptions, loop: asyncio.AbstractEventLoop, local: Limiting) -> "RedisLimits":
     from vitalis_serve.gateway.redis_limits import RedisLimits  # 0.2 s of imports, for who wants it
 
     return RedisLimits(

@@ -23,11 +23,12 @@ import msgspec
 import uvicorn
 import uvloop
 
-from vitalis_serve.errors import ServeError
+from vitalis_serve.errors import ConfigurationError, ServeError
 from vitalis_serve.fleet import Fleet, ReplicaState
 from vitalis_serve.gateway import explaining
 from vitalis_serve.gateway.guest import GuestAdmission
 from vitalis_serve.gateway.keys import KeyTable
+from vitalis_serve.gateway.limits import DAY
 from vitalis_serve.gateway.links import HEARTBEAT_SECONDS, ControlLink, SupervisorLink
 from vitalis_serve.gateway.options import WorkerOptions
 from vitalis_serve.gateway.owner import Owner
@@ -217,12 +218,19 @@ class Worker:
             self._link.say({"type": "suspect", "replica": replica, "incarnation": incarnation, "reason": reason})
 
     async def _reconcile(self, redis: "RedisLimits") -> None:
-        """A Redis that lost its data knows nothing of what was spent this day and month; the ledger does."""
+        """A Redis that lost its data knows nothing of what was spent this day and month, and who counts while it is
+        away not much; the ledger does."""
         while self._options.spent_path:
             try:
                 # Control gives the folder its name, so that of the same host is said in the place of what was before.
                 host = await asyncio.to_thread((Path(self._options.spool_folder) / HOST_ID).read_text)
-                redis.reconcile(await asyncio.to_thread(self.state.spent), host.strip())
+                wall = self.state.wall()
+                spent = await asyncio.to_thread(self.state.spent, wall)
+                if self.state.wall() // DAY > wall // DAY:
+                    continue  # it is of a day that is over
+                redis.reconcile(spent, host.strip(), wall)
+                if not self._options.worker:
+                    self.state.counted.seed(spent, wall)
             except FileNotFoundError:
                 await asyncio.sleep(1)
                 continue
@@ -295,12 +303,17 @@ async def _run(options: WorkerOptions) -> None:
     await worker.serve(sock, int(supervisor) if supervisor is not None else None)
 
 
-def main() -> None:
+def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     options = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=WorkerOptions)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(options))
+        try:
+            runner.run(_run(options))
+        except ConfigurationError as error:
+            sys.stderr.write(f"{error}\n")
+            return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
