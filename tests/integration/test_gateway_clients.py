@@ -213,6 +213,13 @@ def test_request_ids_that_are_not_sane_are_replaced(stage: Stage, name: str) -> 
     assert answer.head.headers["x-request-id"].startswith("req-")
 
 
+def test_request_ids_do_not_count(stage: Stage) -> None:
+    """The numbers between two of its own would tell a tenant how much the others ask."""
+    made = {gateway.ask(stage.worker, client.get("/healthz")).head.headers["x-request-id"] for _ in range(8)}
+    assert len(made) == 8
+    assert len({name[4:14] for name in made}) == 8
+
+
 def test_what_reaches_the_engine(stage: Stage) -> None:
     """The request id and the body do; the key, cookies, hop-by-hop headers and the engine's own do not."""
     name = f"reach-{next(_ids)}"

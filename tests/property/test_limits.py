@@ -84,12 +84,14 @@ class Model:
         found = set()
         reserved = sum(self.in_flight.values())
         for period, limit in ((day, self.rates.tokens_per_day), (day[:7], self.rates.tokens_per_month)):
-            if limit is not None and self.spent.get(period, 0) + reserved >= limit:
+            if limit is not None and self.spent.get(period, 0) >= limit:
                 found.add("budget_spent")
+            elif limit is not None and self.spent.get(period, 0) + reserved >= limit:
+                found.add("held")  # by what runs
         if self.rates.concurrent is not None and len(self.in_flight) >= self.rates.concurrent:
             found.add("concurrency_limit")
         if self.tokens.limit is not None and self.tokens.left <= 0:
-            found.add("tokens_limit")
+            found.add("held" if self.tokens.left + reserved > 0 else "tokens_limit")
         if self.requests.limit is not None and self.requests.left < 1:
             found.add("requests_limit")
         return found
@@ -148,7 +150,7 @@ class Machine(RuleBasedStateMachine):
         self.next += 1
         answer = reserve(self.made, asked, self.next, float(self.now), self.wall)
         if isinstance(answer, ServeError):
-            assert answer.code in refusals
+            assert answer.code in {"tokens_limit" if code == "held" else code for code in refusals}
             assert answer.code == "budget_spent" or "budget_spent" not in refusals
             assert answer.retry_after is not None
             assert 1 <= answer.retry_after <= 60

@@ -16,19 +16,21 @@ from typing import Final
 WINDOW: Final = 640
 LEARNT_FROM: Final = 10  # the p90 of fewer would only be the longest of them
 DEFAULT_TOKENS: Final = 256
+LONG: Final = 1024
 _LONGEST: Final = (1 << 32) - 1  # whatever an engine may say
 
 
 class _Window:
     """The last answers of one kind. `fresh`: how many more answers until the estimate is renewed."""
 
-    __slots__ = ("estimate", "fresh", "next", "tokens")
+    __slots__ = ("estimate", "fresh", "longest", "next", "tokens")
 
     def __init__(self, estimate: int) -> None:
         self.tokens = array("I")
         self.next = 0
         self.fresh = LEARNT_FROM
         self.estimate = estimate
+        self.longest = 0
 
     def add(self, tokens: int) -> bool:
         """True where the estimate was renewed."""
@@ -38,11 +40,14 @@ class _Window:
         else:
             self.tokens.append(tokens)
         self.next = place + 1 if place + 1 < WINDOW else 0
+        if tokens > self.longest:
+            self.longest = tokens
         self.fresh -= 1
         if self.fresh:
             return False
         size = len(self.tokens)
-        self.estimate = sorted(self.tokens.tolist())[(9 * size - 1) // 10]
+        by_length = sorted(self.tokens.tolist())
+        self.estimate, self.longest = by_length[(9 * size - 1) // 10], by_length[-1]
         self.fresh = size // 5
         return True
 
@@ -65,6 +70,11 @@ class Estimates:
         window = self._windows.get((route, tenant))
         learnt = self._default if window is None else window.estimate
         return learnt if max_tokens is None or learnt < max_tokens else max_tokens
+
+    def longest(self, route: str, tenant: str) -> int:
+        """As many tokens as an answer is likely to have at most: as the longest of the last, and LONG at least."""
+        window = self._windows.get((route, tenant))
+        return LONG if window is None else max(LONG, window.longest)
 
     def learn(self, route: str, tenant: str, expected: int, actual: int) -> None:
         """An answer came to its end. `actual`: its tokens as the engine counted them; an abandoned one teaches

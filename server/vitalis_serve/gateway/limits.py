@@ -20,7 +20,7 @@ LONGEST_MONTH: Final = 31 * DAY
 # Seconds. Above what floats lose at the monotonic clock of a machine that has been up for years.
 _EPSILON: Final = 1e-7
 _LOOKED_AT: Final = 64
-_PERIODS: Final = ("day", "month")
+_CODES: Final = {"day": "budget_spent", "month": "budget_spent", "held": "tokens_limit"}
 _MILLISECONDS: Final = ("0s", *(f"{n}ms" for n in range(1, 1000)), "1s")
 _SECONDS: Final = (*(f"{n}s" for n in range(60)), "1m0s")
 
@@ -45,10 +45,12 @@ class Subject(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True):
-    """What one request asks for. tokens: the estimate of prompt and output together."""
+    """What one request asks for. tokens: the most that it is likely to use, prompt and output together, so that what is
+    left cannot be promised twice; expected: what one like it uses."""
 
     subjects: tuple[Subject, ...]
     tokens: int
+    expected: int = 0
 
 
 class Standing(msgspec.Struct, frozen=True, array_like=True):
@@ -378,7 +380,7 @@ def refusal_of(accounts: list[Account], calendar: Calendar, share: float, now: f
     rules = [rule for one in accounts for rule in _without_room(one, calendar, now, wall)]
     _, wait, code, one = max(rules, key=lambda rule: rule[:2])
     message = f"The {one.name.replace(':', ' `', 1)}` {_complaint(one, code, wait, calendar, share)}"
-    error = ServeError("budget_spent" if code in _PERIODS else code, message, retry_after=max(1, min(60, ceil(wait))))
+    error = ServeError(_CODES.get(code, code), message, retry_after=max(1, min(60, ceil(wait))))
     error.headers = headers_of(accounts, now)
     return error
 
@@ -387,15 +389,21 @@ def _without_room(
     one: Account, calendar: Calendar, now: float, wall: float
 ) -> Iterator[tuple[bool, float, str, Account]]:
     """The rules of one account that refuse: whether it is a budget, seconds to wait, code or period, the account."""
-    used = one.spent + one.reserved
-    if used >= one.day_base + one.day_limit:
-        yield True, calendar.ends - wall, "day", one
-    if used >= one.month_base + one.month_limit:
-        yield True, calendar.month_ends - wall, "month", one
+    until_one_ends = one.hold_seconds / max(1, one.concurrent)
+    for limit, ends, period in (
+        (one.day_base + one.day_limit, calendar.ends, "day"),
+        (one.month_base + one.month_limit, calendar.month_ends, "month"),
+    ):
+        if one.spent >= limit:
+            yield True, ends - wall, period, one
+        elif one.spent + one.reserved >= limit:
+            yield False, until_one_ends, "held", one
     if one.concurrent >= one.concurrent_limit:
-        yield False, one.hold_seconds / one.concurrent, "concurrency_limit", one
+        yield False, until_one_ends, "concurrency_limit", one
     wait = one.tokens_full - now
-    if wait >= one.tokens_room:
+    if wait - one.reserved * one.token_cost < one.tokens_room <= wait:
+        yield False, until_one_ends, "held", one
+    elif wait >= one.tokens_room:
         # At the very time it is still empty.
         yield False, floor(wait - MINUTE + 1e-6) + 1, "tokens_limit", one
     wait = one.requests_full - now
@@ -411,6 +419,8 @@ def _complaint(one: Account, code: str, wait: float, calendar: Calendar, share: 
     if code == "tokens_limit":
         limit = _said(rates.tokens_per_minute, share)
         return f"may use {limit} tokens per minute, and has. Try again in {duration(wait)}."
+    if code == "held":
+        return "has no tokens left but those that its running requests may use. Try again when one of them has ended."
     if code == "concurrency_limit":
         limit = _said(rates.concurrent, share)
         return f"may have {limit} requests running at once, and has. Try again when one of them has ended."

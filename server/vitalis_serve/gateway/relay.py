@@ -252,9 +252,14 @@ class Relay(Metered):
 
     def _reserve(self, subjects: "tuple[Subject, ...]", now: float) -> bool:
         """False where others are asked, who will call `on_reserved` or `on_limited`. Raises ServeError at a limit."""
-        asked, generates = self._demand, self.api is not None and self.api.streams
-        tokens = asked.prompt_tokens + asked.output_tokens if generates else 0
-        lines = self._state.limits.ask(self, Claim(subjects, tokens), now)
+        state, asked, intake = self._state, self._demand, self._intake
+        assert intake is not None
+        most = expected = 0
+        if self.api is not None and self.api.streams:
+            expected = asked.prompt_tokens + asked.output_tokens
+            longest = intake.max_tokens or state.estimates.longest(self.route, asked.tenant)
+            most = asked.prompt_tokens + longest * asked.sequences
+        lines = state.limits.ask(self, Claim(subjects, most, expected), now)
         self._limited = True
         if lines is None:
             return False

@@ -7,6 +7,7 @@ names (`_seconds`, `_bytes`). What each key means is said once, in `config/gpt-o
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -270,6 +271,18 @@ class Limits(Strict):
     wait_seconds: Annotated[float, Number, Field(gt=0, le=10, allow_inf_nan=False)] = 0.05
     away: Literal["share", "refuse"] = "share"
     lease_seconds: Annotated[float, Number, Field(ge=5, le=3600, allow_inf_nan=False)] = 30
+
+    @field_validator("redis_url")
+    @classmethod
+    def is_an_address(cls, url: str | None) -> str | None:
+        try:
+            parts = urlsplit(url or "")
+            _ = parts.port
+        except ValueError:
+            parts = urlsplit("")
+        if url is not None and not (parts.hostname if parts.scheme != "unix" else parts.path):
+            raise ValueError("is no address: give redis://HOST:PORT/0, rediss://HOST:PORT/0 or unix:///PATH")
+        return url
 
     @model_validator(mode="after")
     def redis_has_an_address(self) -> "Limits":

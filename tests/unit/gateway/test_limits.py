@@ -198,9 +198,24 @@ def test_estimates_in_flight_count_in_a_budget(site: Site) -> None:
     asked = claim(500, key=Rates(tokens_per_day=1000))
     site.reserve(asked)
     site.reserve(asked)
-    assert site.reserve(asked) == "budget_spent"
+    assert site.reserve(asked) == "tokens_limit"  # to be tried again, unlike a budget that is spent
+    assert site.error is not None
+    assert "no tokens left but those that its running requests may use" in site.error.message
     site.settle(100, 1)
     assert site.reserve(asked) == {}
+
+
+def test_tokens_of_a_minute_that_running_requests_may_use_are_promised_to_nobody_else(site: Site) -> None:
+    asked = claim(600, key=Rates(tokens_per_minute=1000))
+    site.reserve(asked)
+    site.reserve(asked)
+    assert site.reserve(asked) == "tokens_limit"
+    assert site.error is not None
+    assert "running requests" in site.error.message
+    site.settle(600, 1)
+    site.settle(600, 2)
+    assert site.reserve(asked) == "tokens_limit"
+    assert "may use 1000 tokens per minute, and has" in site.error.message
 
 
 def test_what_runs_over_midnight_counts_where_it_ends(site: Site) -> None:
@@ -316,7 +331,7 @@ def test_adopted_requests_count_but_are_never_refused_nor_a_debt(site: Site) -> 
         site.limits.adopt(asked, holder, site.now, site.wall)
         site.limits.adopt(asked, holder, site.now, site.wall)
     assert site.limits.in_flight == 4
-    assert site.reserve(asked) == "budget_spent"
+    assert site.reserve(asked) in ("tokens_limit", "requests_limit")
     for holder in "abcd":
         site.limits.settle(holder, 50, site.now, site.wall)
     assert site.limits.in_flight == 0

@@ -431,3 +431,11 @@ def test_an_issuer_is_read_as_the_workers_and_control_want_it(write):
 def test_a_url_that_is_refused_is_shown_without_its_password(write):
     said = refusal(write(""), {**CPU, "VITALIS_STORE_URL": "mysql://me:hidden@host/db"})
     assert "store.url is 'mysql://me:[redacted]@host/db'; it must match" in said
+
+
+@pytest.mark.parametrize("url", ["redis://u:pw@127.0.0.1:bad/0", "redis://", "rediss:///0", "unix://"])
+def test_a_redis_url_that_leads_nowhere_is_refused_without_its_password(tmp_path: Path, url: str) -> None:
+    environ = {"VITALIS_PROFILE": "cpu-demo", "VITALIS_LIMITS_BACKEND": "redis", "VITALIS_LIMITS_REDIS_URL": url}
+    with pytest.raises(ConfigurationError, match="VITALIS_LIMITS_REDIS_URL") as refused:
+        load(None, environ)
+    assert "pw" not in str(refused.value)
