@@ -173,6 +173,34 @@ def test_limits_are_set_listed_and_cleared(control: Control) -> None:
     assert command(control, "limits", "list", "--json").stdout == "[]\n"
 
 
+def test_what_is_made_with_limits_is_limited_from_the_start(control: Control) -> None:
+    """In one version each: no worker ever sees it without them."""
+    before = control.snapshot()["version"]
+    words = ("--requests-per-minute", "600", "--tokens-per-minute", "100000", "--concurrent", "none")
+    made = command(control, "tenants", "create", "capped", *words)
+    assert "tenant capped made with requests per minute 600, tokens per minute 100000; next: " in made.stdout
+    words = ("--concurrent", "8", "--tokens-per-day", "5000000", "--tokens-per-month", "100000000")
+    made = command(control, "keys", "create", "--tenant", "capped", *words)
+    assert made.stderr.endswith(
+        "of tenant capped with concurrent 8, tokens per day 5000000, tokens per month 100000000, in force\n"
+    )
+    body = control.snapshot()
+    assert body["version"] == before + 2
+    (tenant,) = [entry for entry in body["tenants"] if entry["name"] == "capped"]
+    assert tenant["rates"] == {"requests_per_minute": 600, "tokens_per_minute": 100_000}
+    (key,) = [entry for entry in body["keys"] if entry["tenant"] == "capped"]
+    assert key["rates"] == {"concurrent": 8, "tokens_per_day": 5_000_000, "tokens_per_month": 100_000_000}
+    acts = control.call("GET", "/v1/audit?limit=2")["audit"]
+    assert [(act["action"], act["details"]["limits"]) for act in acts] == [
+        ("key.create", key["rates"]),
+        ("tenant.create", tenant["rates"]),
+    ]
+    listed = json.loads(command(control, "limits", "list", "--json").stdout)
+    assert ("key", key["id"], 8) in [(entry["kind"], entry["name"], entry["concurrent"]) for entry in listed]
+    for kind, name in (("key", key["id"]), ("tenant", "capped")):
+        command(control, "limits", "clear", kind, name)
+
+
 def thousand(tmp_path: Path, bad: str = "") -> Path:
     rows = [f"  - {{tenant: relief, name: app-{n}, limits: {{concurrent: 4}}}}" for n in range(1000)]
     rows[499] += bad
@@ -244,6 +272,12 @@ def test_thousand_keys_are_imported_at_once_and_once(control: Control, tmp_path:
         ),
         (("keys", "create", "--tenant", "acme", "--expires-in", "0"), 2, "for example --expires-in 90"),
         (("keys", "create", "--tenant", "acme", "--expires-in", "3661"), 2, "for example --expires-in 90"),
+        (
+            ("keys", "create", "--tenant", "acme", "--concurrent", "0"),
+            2,
+            "--concurrent '0': give a whole number from 1 to",
+        ),
+        (("tenants", "create", "late", "--tokens-per-day", "1e6"), 2, "--tokens-per-day '1e6': give a whole number"),
         (("keys", "rotate", "x", "--overlap", "24"), 2, "--overlap '24': give a number with s, m, h or d behind it"),
         (("keys", "rotate", "x", "--overlap", "367d"), 2, "at most 366d, for example --overlap 24h"),
         (

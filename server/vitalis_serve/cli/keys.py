@@ -9,6 +9,7 @@ import typer
 
 from vitalis_serve.cli.asking import AsJson, Config, cell, control, force, show
 from vitalis_serve.cli.failure import fail
+from vitalis_serve.cli.limits import Concurrent, Limit, PerDay, PerMonth, asked, told
 from vitalis_serve.cli.numbers import duration, whole
 from vitalis_serve.cli.outlet import secret_outlet
 
@@ -36,6 +37,11 @@ def create_key(
         str | None, typer.Option(metavar="DAYS", help=f"Days until it expires, 1 to {MOST_DAYS}; default: never.")
     ] = None,
     notes: Annotated[str, typer.Option(help="For people to read.")] = "",
+    requests_per_minute: Limit = None,
+    tokens_per_minute: Limit = None,
+    concurrent: Concurrent = None,
+    tokens_per_day: PerDay = None,
+    tokens_per_month: PerMonth = None,
     output: Annotated[Path | None, typer.Option(help="Write the key there (0600) instead of showing it.")] = None,
     config: Config = None,
 ) -> None:
@@ -48,11 +54,14 @@ def create_key(
         "routes": _words(routes),
         "notes": notes,
         "expires_in_seconds": None if expires_in is None else _days(expires_in) * 86_400,
+        "limits": asked(requests_per_minute, tokens_per_minute, concurrent, tokens_per_day, tokens_per_month),
     }
     with control(config) as (client, data_folder), secret_outlet(data_folder, output) as outlet:
         made = client.call("POST", "/v1/keys", wanted)
         print(outlet.deliver(f"key-{made['id']}", made["key"]))
-    sys.stderr.write(f"key {made['id']} of tenant {made['tenant']}, {force(made)}\n")
+    limited = told(made["limits"])
+    within = f" with {limited}" if limited else ""
+    sys.stderr.write(f"key {made['id']} of tenant {made['tenant']}{within}, {force(made)}\n")
 
 
 @keys.command("list")

@@ -1,4 +1,4 @@
-"""`vitalis-serve limits`."""
+"""`vitalis-serve limits`, and the options of other commands that say limits."""
 
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -14,6 +14,12 @@ FIELDS = ("requests_per_minute", "tokens_per_minute", "concurrent", "tokens_per_
 Kind = Annotated[str, typer.Argument(metavar="KIND", help="key, tenant or route.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the tenant or route; the id of the key.")]
 
+# The options of FIELDS, in their order; None: not given.
+Limit = Annotated[str | None, typer.Option(metavar="N|none")]
+Concurrent = Annotated[str | None, typer.Option(metavar="N|none", help="Requests at once.")]
+PerDay = Annotated[str | None, typer.Option(metavar="N|none", help="Days are UTC.")]
+PerMonth = Annotated[str | None, typer.Option(metavar="N|none", help="Months are UTC.")]
+
 limits = typer.Typer(help="What a key, a tenant or a route may use.", no_args_is_help=True)
 
 
@@ -26,19 +32,17 @@ def register(app: typer.Typer) -> None:
 def set_limits(
     kind: Kind,
     name: Name,
-    requests_per_minute: Annotated[str | None, typer.Option(metavar="N|none")] = None,
-    tokens_per_minute: Annotated[str | None, typer.Option(metavar="N|none")] = None,
-    concurrent: Annotated[str | None, typer.Option(metavar="N|none", help="Requests at once.")] = None,
-    tokens_per_day: Annotated[str | None, typer.Option(metavar="N|none", help="Days are UTC.")] = None,
-    tokens_per_month: Annotated[str | None, typer.Option(metavar="N|none", help="Months are UTC.")] = None,
+    requests_per_minute: Limit = None,
+    tokens_per_minute: Limit = None,
+    concurrent: Concurrent = None,
+    tokens_per_day: PerDay = None,
+    tokens_per_month: PerMonth = None,
     config: Config = None,
 ) -> None:
     """Set some limits; none lifts one, those left out stay as they are."""
-    texts = (requests_per_minute, tokens_per_minute, concurrent, tokens_per_day, tokens_per_month)
-    given = {field: text for field, text in zip(FIELDS, texts, strict=True) if text is not None}
-    if not given:
+    wanted = asked(requests_per_minute, tokens_per_minute, concurrent, tokens_per_day, tokens_per_month)
+    if not wanted:
         raise ConfigurationError(f"give at least one of {', '.join(map(_option, FIELDS))}")
-    wanted = {field: _limit(field, text) for field, text in given.items()}
     with control(config) as (client, _):
         print(_told(client.call("PATCH", _of(kind, name), wanted)))
 
@@ -56,6 +60,16 @@ def clear_limits(kind: Kind, name: Name, config: Config = None) -> None:
     """Lift all limits of a key, a tenant or a route."""
     with control(config) as (client, _):
         print(_told(client.call("DELETE", _of(kind, name))))
+
+
+def asked(*texts: str | None) -> dict[str, int | None]:
+    """What was given of the options of FIELDS, as control takes it. Raises ConfigurationError."""
+    return {field: _limit(field, text) for field, text in zip(FIELDS, texts, strict=True) if text is not None}
+
+
+def told(given: dict[str, int | None]) -> str:
+    """Limits in words; "" where there are none."""
+    return ", ".join(f"{field.replace('_', ' ')} {given[field]}" for field in FIELDS if given[field] is not None)
 
 
 def _of(kind: str, name: str) -> str:
@@ -78,5 +92,4 @@ def _limit(field: str, text: str) -> int | None:
 
 
 def _told(changed: dict[str, Any]) -> str:
-    given = [f"{field.replace('_', ' ')} {changed[field]}" for field in FIELDS if changed[field] is not None]
-    return f"limits of {changed['kind']} {changed['name']}: {', '.join(given) or 'none'}; {force(changed)}"
+    return f"limits of {changed['kind']} {changed['name']}: {told(changed) or 'none'}; {force(changed)}"
