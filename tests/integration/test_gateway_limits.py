@@ -114,6 +114,28 @@ def test_tokens_a_minute_are_settled_to_what_was_used(
         assert answers[0].head.headers["x-ratelimit-limit-tokens"] == "1000"
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("which", ["tokens_per_minute", "tokens_per_day"])
+def test_many_at_once_do_not_all_get_what_is_left(tmp_path: Path, engine: Simulator, which: str, named: bool) -> None:
+    """Short answers before say nothing of those that come: the one in flight may go over, whether it names its length
+    or not."""
+    with (
+        simulator.started("--decode-step-ms", "1") as slow,
+        limited(tmp_path, slow, workers=2, tenant={which: 1500}) as running,
+        ThreadPoolExecutor(16) as threads,
+    ):
+        assert codes([ask(running[n % 2], tokens=3, sim_prompt_tokens=7) for n in range(24)]) == ["ok"] * 24
+        length = {"max_tokens": 900} if named else {"max_tokens": None}
+
+        def long(n: int) -> client.Response:
+            return ask(running[n % 2], tokens=800, sim_prompt_tokens=7, **length)
+
+        found = codes(list(threads.map(long, range(16))))
+        assert 1 <= found.count("ok") <= 2, found
+        assert set(found) == {"ok", "tokens_limit"}
+        assert set(codes([long(n) for n in range(3)])) <= {"ok", "tokens_limit", "budget_spent"}
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_requests_at_once(tmp_path: Path, engine: Simulator, workers: int) -> None:
     with (

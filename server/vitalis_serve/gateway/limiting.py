@@ -191,7 +191,7 @@ class OwnerLimiting:
         """That worker died, or its line broke and it will say again what it holds. What its requests were expected
         to use stays counted: the ledger has them so."""
         for number, claim in self._held.items():
-            self._limits.settle((self, number), claim.tokens, now, self._wall())
+            self._limits.settle((self, number), claim.expected, now, self._wall())
         self._held.clear()
 
     def _reserve(self, message: said.Reserve, now: float, wall: float) -> None:
