@@ -7,6 +7,7 @@ import datetime
 import json
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -20,8 +21,9 @@ import pytest
 import uvloop
 from redis import Redis
 from vitalis_serve.errors import ConfigurationError, ServeError
-from vitalis_serve.gateway.limiting import LocalLimiting
+from vitalis_serve.gateway.limiting import GuestLimiting, Limiting, LocalLimiting, OwnerLimiting
 from vitalis_serve.gateway.limits import DAY, Claim, Limits, Rates, Standing, Subject
+from vitalis_serve.gateway.owner_line import Line, Message
 from vitalis_serve.gateway.redis_limits import EPOCH, SCRIPT, Plan, RedisLimits
 
 from tests.support import redis as support
@@ -82,12 +84,22 @@ class Host:
 
 @contextlib.asynccontextmanager
 async def host(
-    url: str, *, share: float = 0.5, away: str = "share", wait: float = 0.5, lease: float = 30, connected: bool = True
+    url: str,
+    *,
+    local: Limiting | None = None,
+    away: str = "share",
+    wait: float = 0.5,
+    lease: float = 30,
+    connected: bool = True,
 ) -> AsyncIterator[Host]:
-    """wait: ten times of what is shipped, as other tests keep the machine busy."""
-    local = LocalLimiting(Limits(share), time.time)
+    """wait: ten times of what is shipped, as other tests keep the machine busy. local: of a host that is one of two."""
     limits = RedisLimits(
-        url, loop=asyncio.get_running_loop(), wait_seconds=wait, away=away, lease_seconds=lease, local=local
+        url,
+        loop=asyncio.get_running_loop(),
+        wait_seconds=wait,
+        away=away,
+        lease_seconds=lease,
+        local=local or LocalLimiting(Limits(0.5), time.time),
     )
     running = asyncio.create_task(limits.run())
     made = Host(limits)
@@ -753,6 +765,75 @@ def test_a_client_that_leaves_while_redis_is_away_leaves_no_trace(own: RedisServ
             one.limits.forget("gone")
             assert await one.reserve(claim(key=Rates(concurrent=2))) == "yes"
             assert not answer.done()
+
+    run(scenario())
+
+
+@contextlib.asynccontextmanager
+async def introduced(guest: GuestLimiting, limits: Limits) -> AsyncIterator[None]:
+    """To an owner, who counts in `limits`."""
+    loop = asyncio.get_running_loop()
+    ours, its = socket.socketpair()
+    ours.setblocking(False)
+    its.setblocking(False)
+    owners: list[OwnerLimiting] = []
+
+    def made(line: Line) -> None:
+        owners.append(OwnerLimiting(line, limits, time.time, 0))
+
+    def owner_hears(_: Line, message: Message) -> None:
+        owners[0].hear(message, time.monotonic())
+
+    def guest_hears(_: Line, message: Any) -> None:
+        guest.hear(message)
+
+    def lost(_: Line) -> None:
+        """The test is over."""
+
+    owners_end, _ = await loop.create_unix_connection(lambda: Line(loop, owner_hears, lost, made), sock=its)
+    guests_end, line = await loop.create_unix_connection(lambda: Line(loop, guest_hears, lost), sock=ours)
+    guest.introduce(line)
+    try:
+        yield
+    finally:
+        owners_end.close()
+        guests_end.close()
+
+
+def test_without_redis_a_worker_asks_its_hosts_owner(own: RedisServer) -> None:
+    asked = claim(100, key=Rates(concurrent=4, tokens_per_day=2000))
+
+    async def scenario() -> None:
+        limits, guest = Limits(0.5), GuestLimiting(time.time)
+        async with host(own.url, local=guest) as one:
+            assert await one.reserve(asked, "there") == "yes"
+            own.kill()
+            await one.until(lambda: one.limits.away)
+            # There is no owner yet: they wait for it, or leave.
+            waiting, gone, unused = (one.ask(asked, name) for name in ("waiting", "gone", "unused"))
+            one.release("gone")
+            one.settle("unused", 1)
+            await asyncio.sleep(0.02)
+            assert not waiting.done()
+            assert guest.held == 1
+            async with introduced(guest, limits):
+                answer = await waiting
+                assert isinstance(answer, Standing)
+                assert not gone.done()
+                assert not unused.done()
+                assert await one.reserve(asked, "second") == "yes"
+                refused = await one.ask(asked)
+                assert isinstance(refused, ServeError)
+                assert (refused.code, limits.in_flight, one.limits.in_flight) == ("concurrency_limit", 2, 3)
+                one.release("second")
+                one.settle("waiting", 999)
+                one.settle("there", 5)
+                await one.until(lambda: limits.in_flight == 0)
+                assert guest.held == one.limits.in_flight == 0
+                # 1 token of this host's half is left for the one in flight.
+                assert await one.reserve(asked, "last") == "yes"
+                one.settle("last", None)
+                assert await one.reserve(asked) == "budget_spent"
 
     run(scenario())
 
