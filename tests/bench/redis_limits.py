@@ -62,12 +62,12 @@ async def measure(server: RedisServer, *, together: int, subjects: int) -> None:
 
         def answered(_: object) -> None:
             waited.append(time.perf_counter() - came)
-            limits.settle(number, 400, came, time.time())
+            limits.settle(number, 400, came)
             loop.call_soon(begin)
             if len(waited) == REQUESTS:
                 finished.set_result(None)
 
-        limits.reserve(asked[number], number, came, time.time(), answered)
+        limits.reserve(asked[number], number, came, answered)
 
     cpu, redis_cpu = time.process_time(), redis_seconds(server.pid)
     for _ in range(together):

@@ -52,9 +52,7 @@ class Host:
 
     def ask(self, asked: Claim, holder: object = None) -> "asyncio.Future[Standing | ServeError]":
         answer = asyncio.get_running_loop().create_future()
-        self.limits.reserve(
-            asked, object() if holder is None else holder, time.monotonic(), time.time(), answer.set_result
-        )
+        self.limits.reserve(asked, object() if holder is None else holder, time.monotonic(), answer.set_result)
         return answer
 
     async def reserve(self, asked: Claim, holder: object = None) -> str:
@@ -63,10 +61,10 @@ class Host:
         return answer.code if isinstance(answer, ServeError) else "yes"
 
     def settle(self, holder: object, tokens: int | None) -> None:
-        self.limits.settle(holder, tokens, time.monotonic(), time.time())
+        self.limits.settle(holder, tokens, time.monotonic())
 
     def release(self, holder: object) -> None:
-        self.limits.release(holder, time.monotonic(), time.time())
+        self.limits.release(holder, time.monotonic())
 
     async def until(self, condition: Callable[[], Any]) -> None:
         deadline = time.monotonic() + SECONDS

@@ -61,9 +61,8 @@ class LocalLimiting:
 class RedisLimiting:
     """By Redis, for all hosts."""
 
-    def __init__(self, limits: "RedisLimits", wall: Callable[[], float]) -> None:
+    def __init__(self, limits: "RedisLimits") -> None:
         self.limits = limits
-        self._wall = wall
 
     def ask(self, relay: Any, claim: Claim, now: float) -> bytes | None:
         def told(outcome: Standing | ServeError) -> None:
@@ -72,14 +71,14 @@ class RedisLimiting:
             else:
                 relay.on_limited(outcome)
 
-        self.limits.reserve(claim, relay, now, self._wall(), told)
+        self.limits.reserve(claim, relay, now, told)
         return None
 
     def settle(self, relay: Any, tokens: int, now: float) -> None:
-        self.limits.settle(relay, tokens, now, self._wall())
+        self.limits.settle(relay, tokens, now)
 
     def release(self, relay: Any, now: float) -> None:
-        self.limits.release(relay, now, self._wall())
+        self.limits.release(relay, now)
 
     @property
     def held(self) -> int:

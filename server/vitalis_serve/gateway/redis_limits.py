@@ -120,16 +120,16 @@ class _Ask(Call):
     """A claim, from the question until it is settled. To who counts on this host it is the relay."""
 
     __slots__ = (
-        "_owner", "claim", "deadline", "done", "entered", "holder", "member", "now", "plan", "since", "state", "wall",
+        "_owner", "claim", "deadline", "done", "entered", "holder", "member", "now", "plan", "since", "state",
     )  # fmt: skip
 
     def __init__(
-        self, owner: "RedisLimits", claim: Claim, holder: Hashable, now: float, wall: float, entered: float,
+        self, owner: "RedisLimits", claim: Claim, holder: Hashable, now: float, entered: float,
         done: Callable[[Outcome], None],
     ) -> None:  # fmt: skip
         super().__init__(b"")
         self._owner = owner
-        self.claim, self.holder, self.now, self.wall, self.done = claim, holder, now, wall, done
+        self.claim, self.holder, self.now, self.done = claim, holder, now, done
         self.entered = entered  # the loop's time
         self.deadline = 0.0
         self.state = _WAITING
@@ -232,13 +232,11 @@ class RedisLimits:
 
     # -- for requests
 
-    def reserve(
-        self, claim: Claim, holder: Hashable, now: float, wall: float, on_done: Callable[[Outcome], None]
-    ) -> None:
+    def reserve(self, claim: Claim, holder: Hashable, now: float, on_done: Callable[[Outcome], None]) -> None:
         """`on_done` is called once, later, unless `release` or `forget` comes before."""
         assert holder not in self._asks, "a holder reserves once"
         entered = self._loop.time()
-        ask = self._asks[holder] = _Ask(self, claim, holder, now, wall, entered, on_done)
+        ask = self._asks[holder] = _Ask(self, claim, holder, now, entered, on_done)
         if self.away or self._line is None or len(self._waiting) >= MOST_WAITING:
             self._by_policy(ask)
             return
@@ -254,7 +252,7 @@ class RedisLimits:
             self._alarm = self._loop.call_at(ask.deadline, self._on_alarm)
         self._line.say(ask)
 
-    def settle(self, holder: Hashable, tokens: int | None, now: float, wall: float) -> None:
+    def settle(self, holder: Hashable, tokens: int | None, now: float) -> None:
         """As `Limits.settle`, where it was reserved."""
         ask = self._asks.pop(holder, None)
         if ask is None:
@@ -267,7 +265,7 @@ class RedisLimits:
         else:
             self._drop(ask, now)
 
-    def release(self, holder: Hashable, now: float, wall: float) -> None:
+    def release(self, holder: Hashable, now: float) -> None:
         """As `Limits.release`, where it was reserved; also before the answer, which then does not come."""
         ask = self._asks.pop(holder, None)
         if ask is None:
@@ -282,7 +280,7 @@ class RedisLimits:
         """Its client left before the answer."""
         ask = self._asks.get(holder)
         if ask is not None:
-            self.release(holder, *self._time_of(ask))
+            self.release(holder, self._time_of(ask))
 
     # -- for whoever owns it
 
@@ -484,7 +482,7 @@ class RedisLimits:
             return
         ask.state = _ASKED
         try:
-            lines = self._local.ask(ask, ask.claim, self._time_of(ask)[0])
+            lines = self._local.ask(ask, ask.claim, self._time_of(ask))
         except ServeError as error:
             self.on_local(ask, error)
         else:
@@ -496,9 +494,8 @@ class RedisLimits:
         ask.state = _LOCAL if isinstance(outcome, Standing) else _REFUSED
         self._answer(ask, outcome)
 
-    def _time_of(self, ask: _Ask) -> tuple[float, float]:
-        elapsed = self._loop.time() - ask.entered
-        return ask.now + elapsed, ask.wall + elapsed
+    def _time_of(self, ask: _Ask) -> float:
+        return ask.now + self._loop.time() - ask.entered
 
     def _answer(self, ask: _Ask, outcome: Outcome) -> None:
         self._loop.call_soon(self._deliver, ask, outcome)

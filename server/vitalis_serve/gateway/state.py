@@ -93,7 +93,7 @@ class WorkerState:
         if options.limits_redis_url:
             # Each worker asks it; away, the owner counts for all of this host.
             self.redis = _in_redis(options, loop, self.limits)
-            self.limits = RedisLimiting(self.redis, self._wall_now)
+            self.limits = RedisLimiting(self.redis)
         self.retry_budget = RetryBudget(at_least=options.retries_at_least)
         self.estimates = Estimates()
         self.rates: defaultdict[str, Rates] = defaultdict(Rates)  # by route
