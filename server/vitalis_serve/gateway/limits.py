@@ -271,7 +271,13 @@ class Limits:
         for name, (day_spent, month_spent) in spent.items():
             one = self._accounts.get(name)
             if one is None:
-                self._past[name] = (calendar.day, day_spent, calendar.month, month_spent)
+                day, day_known, month, month_known = self._past.get(name, (-1, 0, -1, 0))
+                self._past[name] = (
+                    calendar.day,
+                    max(day_spent, day_known) if day == calendar.day else day_spent,
+                    calendar.month,
+                    max(month_spent, month_known) if month == calendar.month else month_spent,
+                )
                 continue
             if one.day != calendar.day:
                 one.turn(calendar)

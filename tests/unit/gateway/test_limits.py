@@ -397,6 +397,14 @@ class TestSeed:
         assert site.spend(claim(key=rates), 1) == {}
         assert site.reserve(claim(key=rates)) == "budget_spent"
 
+    def test_what_a_forgotten_account_spent_is_not_made_less(self, site: Site) -> None:
+        rates = Rates(tokens_per_day=500)
+        site.spend(claim(key=rates), 500)
+        site.limits.expire(site.now)
+        site.limits.seed({"key:a": (100, 600)}, site.wall)
+        assert site.reserve(claim(key=rates)) == "budget_spent"
+        assert site.reserve(claim(key=Rates(tokens_per_month=600))) == "budget_spent"
+
 
 class TestClock:
     """Midnight of a clock that is not to be trusted."""
