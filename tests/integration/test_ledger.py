@@ -49,6 +49,9 @@ def control_on(folder: Path, place: Place, **options: Any) -> Iterator[Control]:
     control = started(folder, place, **options)
     try:
         yield control
+    except BaseException:
+        print(control.log_path.read_text())
+        raise
     finally:
         control.stop()
 

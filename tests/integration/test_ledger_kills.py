@@ -57,7 +57,7 @@ class Site:
         self.stack.wait_ready(2, 60)
         engines.until(lambda: (self.stack.data / "first-key").exists(), 30, "the first key")
         self.key = (self.stack.data / "first-key").read_text().strip()
-        self.stack.__dict__.pop("address", None)  # another port after a start anew
+        self.address = "http://{}:{}".format(*self.stack.address)  # another port after a start anew
 
     def ask(self) -> None:
         """One request; what becomes of it is noted."""
@@ -67,7 +67,7 @@ class Site:
             self.sent.add(name)
         headers = {"authorization": f"Bearer {self.key}", "x-request-id": name}
         data = gateway.request(api, stream=stream, tokens=tokens, headers=headers)
-        answer = client.ask("http://{}:{}".format(*self.stack.address), data, 10)
+        answer = client.ask(self.address, data, 10)
         if answer.status == 200 and (not stream or gateway.looks_whole(api, answer.events)):
             gateway.check_answer(api, answer, stream=stream, tokens=tokens)
             with self._lock:

@@ -31,6 +31,7 @@ STOP_SECONDS: Final = 2.0
 SPENT_SECONDS: Final = 5.0
 DELETE_SECONDS: Final = 10.0
 KEEP_SECONDS: Final = 3600.0
+RETRY_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.05  # between two steps of a roll-up, for whoever else wants to write
 _SPENT_STEP: Final = 2000
 _DAY: Final = 86_400
@@ -234,17 +235,21 @@ class Ledger:
         return self._spool.unneeded(time.time(), lambda path: spent is None or spent.covers(path))
 
     async def _keep_small(self) -> None:
-        """Retention, at the start and then each hour. What fails is tried again the next time."""
+        """Retention, at the start and then each hour. What fails is tried again sooner: after 1 s, 2 s, 4 s ..."""
         await self._ready.wait()
+        again = RETRY_SECONDS
         while True:
+            pause = min(again, KEEP_SECONDS)
+            again *= 2
             try:
                 await self._roll_up()
                 await self._forget()
+                pause, again = KEEP_SECONDS, RETRY_SECONDS
             except ServeError as error:
-                logger.warning("usage is not rolled up; tried again in an hour", extra={"reason": error.message})
+                logger.warning("usage is not rolled up", extra={"reason": error.message, "again_seconds": pause})
             except Exception:
-                logger.exception("usage is not rolled up; tried again in an hour")
-            await asyncio.sleep(KEEP_SECONDS)
+                logger.exception("usage is not rolled up", extra={"again_seconds": pause})
+            await asyncio.sleep(pause)
 
     async def _roll_up(self) -> None:
         today = int(time.time()) // _DAY
