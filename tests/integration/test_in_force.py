@@ -203,9 +203,14 @@ def test_a_flood_of_wrong_keys_costs_no_memory_and_no_store(three: Three) -> Non
 
     flood(0, 2000)
     files = [path for path in control.folder.iterdir() if path.name.startswith(("vitalis.db", "snapshot"))]
-    before, stored = resident(worker), [(path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-    flood(10_000, 20_000)
-    assert resident(worker) - before < 2 << 20
+    stored = [(path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    grown = []
+    for begin in (10_000, 20_000, 30_000):
+        before = resident(worker)
+        flood(begin, 10_000)
+        grown.append(resident(worker) - before)
+    # What 50 bytes of each would be. The allocator takes a piece now and then, but not each time.
+    assert min(grown) < 500_000, grown
     assert [(path.stat().st_mtime_ns, path.stat().st_size) for path in files] == stored
     assert asked([worker], made["key"]) == ALL
 
