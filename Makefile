@@ -8,6 +8,8 @@ SHELL := /bin/bash
 
 # Makes the environment on first use (shared by all checkouts, see deploy/environments.py) and .venv/bin for this checkout.
 DEV = $(PYTHON) deploy/environments.py dev --commands .venv/dev >/dev/null
+# Locust pins what the server must be free to choose, so load tests have their own.
+LOAD = $(PYTHON) deploy/environments.py load --commands .venv/load >/dev/null
 IN = .venv/dev/bin
 GATEWAY = $(PYTHON) deploy/environments.py gateway --commands .venv >/dev/null
 # Where it cannot be made, the tests that need it are listed as not run, with the reason.
@@ -25,7 +27,7 @@ doctor:  ## what this machine has, and what is missing
 	@$(GATEWAY); exec .venv/bin/vitalis-serve doctor --config $(CONFIG)
 
 test:  ## lint, types and every test, real engines included
-	@$(DEV); $(ENGINE); status=0; \
+	@$(DEV); $(LOAD); $(ENGINE); status=0; \
 	$(IN)/ruff check . || status=1; \
 	$(IN)/ruff format --check . || status=1; \
 	$(IN)/mypy || status=1; \
@@ -63,7 +65,7 @@ lock:  ## resolve deploy/locks/ again (ARGS=--upgrade for the newest versions)
 	@exec $(PYTHON) deploy/lock.py $(ARGS)
 
 environments:  ## make every environment that make test needs, and stop
-	@$(DEV); $(GATEWAY); $(PYTHON) deploy/environments.py engine-cpu
+	@$(DEV); $(GATEWAY); $(LOAD); $(PYTHON) deploy/environments.py engine-cpu
 
 clean:  ## what was made in this checkout; the cache and var/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
