@@ -18,11 +18,13 @@ VERSION = "0.32.0"
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast the engine is. prefill_tokens_per_second 0: prefill takes no time."""
+    """How fast the engine is. prefill_tokens_per_second 0: prefill takes no time. per_context_token_seconds: what each
+    token in the contexts of the sequences that decode adds to a step."""
 
     decode_step_seconds: float
     per_sequence_seconds: float
     prefill_tokens_per_second: float
+    per_context_token_seconds: float = 0.0
 
 
 PRESETS = {
@@ -51,6 +53,7 @@ class Options:
     max_num_queued_requests: int = 0
     scheduling_policy: str = "fcfs"
     prefix_caching: bool = True
+    stream_interval: int = 1
     prompt_tokens_details: bool = False
     request_id_headers: bool = False
     api_key: str = ""
@@ -74,7 +77,6 @@ _WITHOUT_EFFECT = {
     "--tool-call-parser": 1,
     "--reasoning-parser": 1,
     "--chat-template": 1,
-    "--stream-interval": 1,
     "--sse-keep-alive-interval": 1,
     "--shutdown-timeout": 1,
     "--middleware": 1,
@@ -136,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     shape = parser.add_argument_group("what it tells")
     shape.add_argument("--log", default="", metavar="PATH", help="one JSON line for each finished request")
     shape.add_argument("--log-token-times", action="store_true", help="with the time of every token")
+    shape.add_argument("--stream-interval", type=int, default=1, help="tokens an event; the first has one")
     shape.add_argument("--enable-prompt-tokens-details", action="store_true")
     shape.add_argument("--enable-request-id-headers", action="store_true")
     trouble = parser.add_argument_group("how it misbehaves")
@@ -201,6 +204,7 @@ def parse(argv: list[str]) -> Options:
         max_num_queued_requests=arguments.max_num_queued_reqs,
         scheduling_policy=arguments.scheduling_policy,
         prefix_caching=not arguments.no_enable_prefix_caching,
+        stream_interval=max(1, arguments.stream_interval),
         prompt_tokens_details=arguments.enable_prompt_tokens_details,
         request_id_headers=arguments.enable_request_id_headers,
         api_key=arguments.api_key,

@@ -1,11 +1,12 @@
 """What vLLM 0.32 writes, byte for byte as far as a client can tell: answers, stream events, errors.
 
 A writer is made for each request; `opening`, `token` and `closing` return whole SSE events, without HTTP framing.
+`group` is for an engine that tells several tokens at once (`--stream-interval`): what they have in common is one event.
 The parts of an event that do not change are encoded once a request, because tens of thousands are made a second.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -36,6 +37,16 @@ class Counted(Protocol):
 
 def word(index: int) -> bytes:
     return WORDS[index] if index <= CACHED_TOKENS else b" tok%d" % index
+
+
+def words(begin: int, end: int) -> str:
+    """The content's tokens from one number to before another, joined."""
+    return "".join(_WORDS[at] if at <= CACHED_TOKENS else f" tok{at}" for at in range(begin, end))
+
+
+def thoughts(begin: int, end: int) -> str:
+    """As `words`, of the reasoning."""
+    return "".join(_THOUGHTS[begin:end])
 
 
 def error_body(status: int, message: str, error_type: str, param: str | None = None) -> bytes:
@@ -266,6 +277,7 @@ class ChatWriter:
         self._tail = b'"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
         # the others are made of parts that do not change
         self._by_hand = bool(answer.call) or answer.leak or answer.logprobs >= 0
+        self._reason_told = False
 
     @staticmethod
     def _delta(index: int, name: bytes) -> bytes:
@@ -294,6 +306,38 @@ class ChatWriter:
         tail = self._usage_tail(self._tail) if self.answer.continuous else self._tail
         return [head + text + tail for head in heads]
 
+    def group(self, first: int, last: int) -> list[bytes]:
+        """The tokens with these numbers, both included, as one event of each choice; none where all are hidden. The
+        last one's has the reason."""
+        begin, end, answer = first - 1, last, self.answer
+        events = self.role() if first == 1 else []
+        reason = ""
+        if end == answer.layout.total:
+            reason, self._reason_told = answer.chat_reason(), True
+        for choice in range(answer.count):
+            delta = self._joined(begin, end, choice)
+            if delta or reason or answer.logprobs >= 0:
+                events.append(self._choice(choice, delta, range(begin, end), reason))
+        return events
+
+    def _joined(self, begin: int, end: int, choice: int) -> dict[str, Any]:
+        answer, delta = self.answer, {}
+        if thought := thoughts(max(begin, self._think_from) - self._think_from,
+                               max(0, min(end, self._think_to) - self._think_from)):  # fmt: skip
+            delta["reasoning"] = thought
+        start, stop = max(begin, self._say_from) - self._say_from, min(end, self._say_to) - self._say_from
+        if stop <= start:
+            return delta
+        if not answer.call:
+            return {**delta, "content": (LEAK if answer.leak and start == 0 else "") + words(start, stop)}
+        text = "".join(calls.piece(at, answer.layout.content, answer.whole) for at in range(start, stop))
+        told = calls.next_delta(text)
+        if start == 0:
+            told["tool_calls"] = (
+                calls.first_delta(answer.call_id(choice), answer.call)["tool_calls"] + told["tool_calls"]
+            )
+        return {**delta, **told}
+
     def _unusual(self, index: int) -> list[bytes]:
         """As `_text`, where a tool is called, logprobs are wanted, or something leaks."""
         answer = self.answer
@@ -316,13 +360,18 @@ class ChatWriter:
                 events.append(self._choice(choice, calls.first_delta(answer.call_id(choice), answer.call)))
             for number, delta in enumerate(deltas):
                 final = number + 1 == len(deltas)
-                events.append(self._choice(choice, delta, index if final else -1, "length" if last and final else ""))
+                events.append(
+                    self._choice(choice, delta, (index,) if final else (), "length" if last and final else "")
+                )
         return events
 
-    def _choice(self, choice: int, delta: dict[str, Any], index: int = -1, reason: str = "") -> bytes:
-        """An event of one choice. `index`: the token whose logprobs are told, -1 for none."""
+    def _choice(
+        self, choice: int, delta: dict[str, Any], indices: Iterable[int] = (), reason: str = ""
+    ) -> bytes:  # fmt: skip
+        """An event of one choice. `indices`: the tokens whose logprobs are told."""
         answer = self.answer
-        told = logprobs.chat([answer.token_text(index)], answer.logprobs) if index >= 0 <= answer.logprobs else None
+        texts = [answer.token_text(index) for index in indices] if answer.logprobs >= 0 else []
+        told = logprobs.chat(texts, answer.logprobs) if texts else None
         document: dict[str, Any] = {"index": choice, "delta": delta, "logprobs": told, "finish_reason": reason or None}
         if reason:
             document["stop_reason"] = answer.chat_stop()
@@ -359,8 +408,8 @@ class ChatWriter:
         """Everything after the last token, [DONE] included."""
         events = []
         # the last token of an answer that a limit cut bears the reason, unless it was one that the parser swallowed
-        if self.answer.whole or self.answer.layout.tail:
-            last = self.answer.layout.total - 1 if self.answer.layout.tail else -1
+        if (self.answer.whole or self.answer.layout.tail) and not self._reason_told:
+            last = (self.answer.layout.total - 1,) if self.answer.layout.tail else ()
             reason = self.answer.chat_reason()
             events += [self._choice(choice, {}, last, reason) for choice in range(self.answer.count)]
         if self.answer.include_usage:
@@ -402,19 +451,23 @@ class CompletionWriter:
         return []
 
     def token(self, number: int) -> list[bytes]:
+        return self.group(number, number)
+
+    def group(self, first: int, last: int) -> list[bytes]:
         tail = self._tail
-        if number == self.answer.layout.total:
+        if last == self.answer.layout.total:
             tail = self._ending(b'"%b"' % self.answer.finish_reason.encode())
         if self.answer.continuous:
             prompt, completion = self.answer.sequence.prompt_tokens, self.answer.sequence.generated
             usage = {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
             tail = b'%b,"usage":%b}\n\n' % (tail[:-3], encode(usage))
-        text = word(number - 1)
+        text = word(first - 1) if first == last else words(first - 1, last).encode()
         if self.answer.logprobs >= 0:
-            told = logprobs.completion([text.decode()], self.answer.logprobs, self._offset)
+            tokens = [words(at, at + 1) for at in range(first - 1, last)]
+            told = logprobs.completion(tokens, self.answer.logprobs, self._offset)
             tail = tail.replace(b'"logprobs":null', b'"logprobs":' + encode(told), 1)
             self._offset += len(text)
-        if self.answer.leak and number == 1:
+        if self.answer.leak and first == 1:
             text = LEAK.encode() + text
         return [head + text + tail for head in self._heads]
 
@@ -454,26 +507,34 @@ class MessageWriter:
         return []
 
     def token(self, number: int) -> list[bytes]:
-        index = number - 1
-        events = self._start() if number == 1 else []
-        if index == self._think_from < self._think_to:
-            events.append(self._block(0, {"type": "thinking", "thinking": ""}))
-        if self._think_from <= index < self._think_to:
-            thought = THOUGHTS[index - self._think_from]
-            events.append(self._change(b"0", b'"type":"thinking_delta","thinking":"%b"' % thought))
-        elif self._say_from <= index < self._say_to:
-            if index == self._say_from:
-                events += self._stop_thinking()
-                events.append(self._block(self._text_index, self._opened()))
-            place = b"%d" % self._text_index
-            if self.answer.call:
-                text = encode(calls.piece(index - self._say_from, self.answer.layout.content, self.answer.whole))
-                events.append(self._change(place, b'"type":"input_json_delta","partial_json":%b' % text))
-                return events
-            for leaked in LEAK_PIECES if self.answer.leak and index == self._say_from else ():
-                events.append(self._change(place, b'"type":"text_delta","text":"%b"' % leaked.encode()))
-            text = word(index - self._say_from)
-            events.append(self._change(place, b'"type":"text_delta","text":"%b"' % text))
+        return self.group(number, number)
+
+    def group(self, first: int, last: int) -> list[bytes]:
+        answer = self.answer
+        events = self._start() if first == 1 else []
+        think, thought = (
+            max(first - 1, self._think_from) - self._think_from,
+            min(last, self._think_to) - self._think_from,
+        )
+        if thought > think:
+            if think == 0:
+                events.append(self._block(0, {"type": "thinking", "thinking": ""}))
+            text = thoughts(think, thought).encode()
+            events.append(self._change(b"0", b'"type":"thinking_delta","thinking":"%b"' % text))
+        say, said = max(first - 1, self._say_from) - self._say_from, min(last, self._say_to) - self._say_from
+        if said <= say:
+            return events
+        if say == 0:
+            events += self._stop_thinking()
+            events.append(self._block(self._text_index, self._opened()))
+        place = b"%d" % self._text_index
+        if answer.call:
+            text = encode("".join(calls.piece(at, answer.layout.content, answer.whole) for at in range(say, said)))
+            events.append(self._change(place, b'"type":"input_json_delta","partial_json":%b' % text))
+            return events
+        leaked = LEAK_PIECES if answer.leak and say == 0 else ()
+        for piece in (*leaked, words(say, said)):
+            events.append(self._change(place, b'"type":"text_delta","text":"%b"' % piece.encode()))
         return events
 
     def _opened(self) -> dict[str, Any]:
@@ -562,34 +623,42 @@ class ResponseWriter:
                 self._event("response.in_progress", response=response)]  # fmt: skip
 
     def token(self, number: int) -> list[bytes]:
-        index = number - 1
+        return self.group(number, number)
+
+    def group(self, first: int, last: int) -> list[bytes]:
         events: list[bytes] = []
-        if self._think_from <= index < self._think_to:
-            if index == self._think_from:
+        think, thought = (
+            max(first - 1, self._think_from) - self._think_from,
+            min(last, self._think_to) - self._think_from,
+        )
+        if thought > think:
+            if think == 0:
                 events += self._open_reasoning()
-            delta = _THOUGHTS[index - self._think_from]
+            delta = thoughts(think, thought)
             events.append(self._part_event("reasoning_text.delta", self._reasoning_id, 0, delta=delta))
-            if index + 1 == self._think_to:
+            if last >= self._think_to:
                 events += self._close_reasoning()
-        elif self._say_from <= index < self._say_to:
-            if self.answer.call:
-                return events + self._argument(index - self._say_from)
-            if index == self._say_from:
-                events += self._open_message()
-            leaked = LEAK_PIECES if self.answer.leak and index == self._say_from else ()
-            at = self._message_at
-            for delta in (*leaked, word(index - self._say_from).decode()):
-                events.append(self._part_event("output_text.delta", self._message_id, at, delta=delta, logprobs=[]))
+        say, said = max(first - 1, self._say_from) - self._say_from, min(last, self._say_to) - self._say_from
+        if said <= say:
+            return events
+        if self.answer.call:
+            return events + self._arguments(say, said)
+        if say == 0:
+            events += self._open_message()
+        leaked = LEAK_PIECES if self.answer.leak and say == 0 else ()
+        at = self._message_at
+        for delta in (*leaked, words(say, said)):
+            events.append(self._part_event("output_text.delta", self._message_id, at, delta=delta, logprobs=[]))
         return events
 
-    def _argument(self, index: int) -> list[bytes]:
-        """A token of a tool call's arguments; the first announces the call."""
+    def _arguments(self, begin: int, end: int) -> list[bytes]:
+        """Tokens of a tool call's arguments; the first announces the call."""
         answer, at, identity = self.answer, self._message_at, self.answer.id.removeprefix("resp_")
         events = []
-        if index == 0:
+        if begin == 0:
             item = calls.response_item(identity, answer.call, "", "in_progress")
             events.append(self._event("response.output_item.added", item=item, output_index=at))
-        delta = calls.piece(index, answer.layout.content, answer.whole)
+        delta = "".join(calls.piece(index, answer.layout.content, answer.whole) for index in range(begin, end))
         kind = "response.function_call_arguments.delta"
         return [*events, self._event(kind, delta=delta, item_id=f"fc_{identity}", output_index=at)]
 
