@@ -1,0 +1,196 @@
+"""The matrix that is measured on one card: its cells, in which order, which are left, and the table they make. Pure.
+
+Cells of the same options come together, since other options mean a restart; direct and gateway of the same load come
+one after the other, so that their ratio is of the same minute.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from vitalis_load.overhead import WAYS, Way
+from vitalis_load.searching import Point
+
+STREAMS: Final = (1, 32, 64, 128, 256, 512, 1024)
+WAITS_SECONDS: Final = 8  # around each cell: processes started, a little asked before, the report
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Lengths in tokens. `shared`: how many of the prompt's are the same for all requests of a group."""
+
+    name: str
+    prompt: int
+    output: int
+    shared: int = 0
+    groups: int = 1
+
+
+SHAPES: Final = (
+    Shape(name="1k-1k", prompt=1024, output=1024),
+    Shape(name="8k-1k", prompt=8192, output=1024),
+    Shape(name="shared-prefix", prompt=4096, output=256, shared=3840, groups=8),
+)
+# What the same command does where there is no card: every step of it, in a minute.
+SMALL_STREAMS: Final = (1, 2, 4)
+SMALL_SHAPES: Final = (
+    Shape(name="1k-1k", prompt=64, output=16),
+    Shape(name="8k-1k", prompt=256, output=16),
+    Shape(name="shared-prefix", prompt=128, output=8, shared=96, groups=2),
+)
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """One measurement."""
+
+    options: str  # "default", "tuned", ...
+    shape: str
+    streams: int
+    way: Way
+
+    @property
+    def name(self) -> str:
+        return f"{self.options}-{self.shape}-{self.streams}-{self.way}"
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """What came of a cell; without `point` it failed, and `problem` says why."""
+
+    cell: Cell
+    point: Point | None = None
+    problem: str = ""
+
+
+def cells(
+    options: Sequence[str], shapes: Sequence[Shape], streams: Sequence[int], ways: Sequence[Way] = WAYS
+) -> list[Cell]:
+    return [
+        Cell(options=name, shape=shape.name, streams=count, way=way)
+        for name in options
+        for shape in shapes
+        for count in streams
+        for way in ways
+    ]
+
+
+def remaining(wanted: Iterable[Cell], done: Iterable[Outcome]) -> list[Cell]:
+    """Those not measured yet; one that failed is tried again by the next start."""
+    measured = {outcome.cell for outcome in done if outcome.point is not None}
+    return [cell for cell in wanted if cell not in measured]
+
+
+def expected_seconds(left: Sequence[Cell], cell_seconds: float, start_seconds: float) -> float:
+    """About how long the rest takes."""
+    return len(left) * (cell_seconds + WAITS_SECONDS) + len({cell.options for cell in left}) * start_seconds
+
+
+def scenario(
+    shape: Shape, streams: int, *, seconds: float, warmup: float, deadline: float, seed_words: str = "matrix"
+) -> dict[str, Any]:
+    """What one cell asks, as a scenario's document: users that ask for completions of a fixed length without a pause
+    (chat's format and ignore_eos do not go together in gpt-oss)."""
+    prompt: dict[str, Any] = {"tokens": shape.prompt}
+    if shape.shared:
+        prompt = {"tokens": shape.prompt - shape.shared, "shared_tokens": shape.shared, "groups": shape.groups}
+    return {
+        "name": f"{seed_words}-{shape.name}",
+        "about": f"{streams} streams of {shape.prompt} tokens in and {shape.output} out",
+        "arrivals": {"kind": "users", "users": streams},
+        "shape": {"kind": "steady", "seconds": seconds},
+        "warmup_seconds": warmup,
+        "deadline_seconds": deadline,
+        "repeats": 1,
+        "tasks": [
+            {
+                "name": shape.name,
+                "api": "completions",
+                "prompt": prompt,
+                "output": {"tokens": shape.output},
+                "extra": {"ignore_eos": True},
+            }
+        ],
+    }
+
+
+class Row(msgspec.Struct, kw_only=True):
+    """One load of the table, both ways. `ratio`: output tokens/s through the gateway over direct."""
+
+    options: str
+    shape: str
+    streams: int
+    points: dict[str, Point]
+    problems: dict[str, str]
+    ratio: float | None
+
+
+def rows(wanted: Iterable[Cell], done: Iterable[Outcome]) -> list[Row]:
+    """In the order of the matrix; what was not measured is left out. Of a cell that was tried twice the last counts."""
+    by_cell = {outcome.cell: outcome for outcome in done}
+    made: dict[tuple[str, str, int], Row] = {}
+    for cell in wanted:
+        outcome = by_cell.get(cell)
+        if outcome is None:
+            continue
+        place = (cell.options, cell.shape, cell.streams)
+        row = made.setdefault(
+            place,
+            Row(options=cell.options, shape=cell.shape, streams=cell.streams, points={}, problems={}, ratio=None),
+        )
+        if outcome.point is not None:
+            row.points[cell.way] = outcome.point
+        else:
+            row.problems[cell.way] = outcome.problem
+    for row in made.values():
+        row.ratio = _ratio(row.points)
+    return list(made.values())
+
+
+def table(measured: Sequence[Row]) -> str:
+    """Markdown, one line for each load."""
+    head = (
+        "| options | shape | streams | output tokens/s direct | gateway | ratio | TTFT p50 / p99 ms direct | gateway |"
+        " TPOT p50 / p99 ms direct | gateway | failed |"
+    )
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for row in measured:
+        direct, gateway = row.points.get("direct"), row.points.get("gateway")
+        failed = sum(point.failed_share > 0 for point in row.points.values())
+        cells_ = [
+            row.options,
+            row.shape,
+            str(row.streams),
+            *(f"{point.tokens_per_second:,.0f}{_mark(point)}" if point else "" for point in (direct, gateway)),
+            "" if row.ratio is None else f"{row.ratio:.3f}",
+            *(_pair(point, "ttft") for point in (direct, gateway)),
+            *(_pair(point, "tpot") for point in (direct, gateway)),
+            "; ".join(
+                [
+                    *(
+                        f"{way}: {point.failed_share:.1%}"
+                        for way, point in row.points.items()
+                        if failed and point.failed_share
+                    ),
+                    *(f"{way}: {problem}" for way, problem in row.problems.items()),
+                ]
+            ),
+        ]
+        lines.append("| " + " | ".join(cells_) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(points: Mapping[str, Point]) -> float | None:
+    direct, gateway = points.get("direct"), points.get("gateway")
+    if direct is None or gateway is None or not direct.tokens_per_second:
+        return None
+    return gateway.tokens_per_second / direct.tokens_per_second
+
+
+def _mark(point: Point) -> str:
+    return " (client-bound)" if point.client_bound else ""
+
+
+def _pair(point: Point | None, figure: str) -> str:
+    if point is None:
+        return ""
+    first, last = getattr(point, f"{figure}_p50_ms"), getattr(point, f"{figure}_p99_ms")
+    return "" if first is None else f"{first:.1f} / {last:.1f}"
