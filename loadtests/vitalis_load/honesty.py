@@ -1,0 +1,200 @@
+"""Whether a run says something about the server, or about the load generator that asked it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from vitalis_load import metrics
+from vitalis_load.metrics import Summary, Window
+from vitalis_load.reading import RepeatData
+from vitalis_load.timelines import busiest, quantile
+
+# A process above this share of a core reads late what came in time.
+CPU_FULL: Final = 0.9
+# ... and so does one whose greenlets wait longer than the larger of these: seconds, share of the median TTFT.
+LAG_SECONDS: Final = 0.020
+# What is sent later than the larger of these after its schedule was not asked when it should have been.
+DELAY_SECONDS: Final = 0.010
+SHARE_OF_TTFT: Final = 0.05
+# A bad second is forgiven, more than this share of them is not.
+BAD_SECONDS: Final = 0.10
+ACHIEVED: Final = 0.98  # of the requested rate
+REQUESTS_FOR_P99: Final = 1000
+DRIFT: Final = 0.10  # of the mean output length against what was asked for
+
+
+class Honesty(msgspec.Struct, kw_only=True):
+    """What the load generator did, and what follows. Seconds, requests per second, shares of 0 to 1."""
+
+    client_bound: bool
+    reasons: list[str]  # why, in sentences
+    notes: list[str]  # what else must be known when the figures are read
+    open_loop: bool  # requests came when they were due, not when earlier ones were answered
+    requests: int
+    requested_rate: float | None  # None for closed users, who ask for none
+    achieved_rate: float
+    delay_p50: float | None
+    delay_p99: float | None
+    cpu_median: float | None  # of a core, of each second's busiest process
+    cpu_max: float | None
+    cpu_full_share: float | None  # of the seconds
+    lag_p99: float | None
+    lag_max: float | None
+    lag_bad_share: float | None
+    events_per_second: float | None  # the most that one process read in a second
+    processes: int
+
+
+def judge(repeat: RepeatData, scenario: dict[str, Any], window: Window, summary: Summary) -> Honesty:
+    """One repeat. `scenario` as in RunInfo."""
+    inside = [record for record in repeat.records if window.start <= record.scheduled < window.end]
+    seconds = max(window.end - window.start, 1e-9)
+    kind = (scenario.get("arrivals") or {}).get("kind", "users")
+    open_loop = kind != "users"
+    sent = sum(1 for record in inside if record.sent < window.end)
+    delays = sorted(metrics.schedule_delay(record) for record in inside)
+    ttfts = sorted(value for record in inside if (value := metrics.ttft(record)) is not None)
+    client = [second for second in repeat.client if window.start <= second.at < window.end]
+    cpu = sorted(busiest(client).values())
+    lags = sorted(second.loop_lag_ms / 1000 for second in client)
+    typical = quantile(ttfts, 0.5) if ttfts else 0.0
+    lag_limit = max(LAG_SECONDS, SHARE_OF_TTFT * typical)
+    verdict = Honesty(
+        client_bound=False,
+        reasons=[],
+        notes=[],
+        open_loop=open_loop,
+        requests=len(inside),
+        requested_rate=len(inside) / seconds if open_loop else None,
+        achieved_rate=sent / seconds,
+        delay_p50=quantile(delays, 0.5) if delays and open_loop else None,
+        delay_p99=quantile(delays, 0.99) if delays and open_loop else None,
+        cpu_median=quantile(cpu, 0.5) if cpu else None,
+        cpu_max=cpu[-1] if cpu else None,
+        cpu_full_share=sum(1 for used in cpu if used > CPU_FULL) / len(cpu) if cpu else None,
+        lag_p99=quantile(lags, 0.99) if lags else None,
+        lag_max=lags[-1] if lags else None,
+        lag_bad_share=sum(1 for lag in lags if lag > lag_limit) / len(lags) if lags else None,
+        events_per_second=max((float(second.events) for second in client), default=None),
+        processes=len({second.process for second in repeat.client}) or 1,
+    )
+    verdict.reasons = list(_reasons(verdict, typical, lag_limit))
+    verdict.client_bound = bool(verdict.reasons)
+    verdict.notes = list(_notes(verdict, summary, repeat))
+    return verdict
+
+
+def over(verdicts: Sequence[Honesty], numbers: Sequence[int]) -> Honesty:
+    """A whole run: bound where one repeat was; its worst delays, CPU and lag."""
+    first = verdicts[0]
+    return Honesty(
+        client_bound=any(verdict.client_bound for verdict in verdicts),
+        reasons=_together([verdict.reasons for verdict in verdicts], numbers),
+        notes=_together([verdict.notes for verdict in verdicts], numbers),
+        open_loop=first.open_loop,
+        requests=sum(verdict.requests for verdict in verdicts),
+        requested_rate=_mean([verdict.requested_rate for verdict in verdicts]),
+        achieved_rate=_mean([verdict.achieved_rate for verdict in verdicts]) or 0.0,
+        delay_p50=_worst([verdict.delay_p50 for verdict in verdicts]),
+        delay_p99=_worst([verdict.delay_p99 for verdict in verdicts]),
+        cpu_median=_worst([verdict.cpu_median for verdict in verdicts]),
+        cpu_max=_worst([verdict.cpu_max for verdict in verdicts]),
+        cpu_full_share=_worst([verdict.cpu_full_share for verdict in verdicts]),
+        lag_p99=_worst([verdict.lag_p99 for verdict in verdicts]),
+        lag_max=_worst([verdict.lag_max for verdict in verdicts]),
+        lag_bad_share=_worst([verdict.lag_bad_share for verdict in verdicts]),
+        events_per_second=_worst([verdict.events_per_second for verdict in verdicts]),
+        processes=max(verdict.processes for verdict in verdicts),
+    )
+
+
+def _reasons(verdict: Honesty, typical: float, lag_limit: float) -> Sequence[str]:
+    found = []
+    if verdict.cpu_full_share is not None and verdict.cpu_full_share > BAD_SECONDS:
+        found.append(
+            f"a process of the load generator used more than {CPU_FULL:.0%} of a core in {verdict.cpu_full_share:.0%} "
+            "of the seconds: give it more processes (--processes) or less load"
+        )
+    delay_limit = max(DELAY_SECONDS, SHARE_OF_TTFT * typical)
+    if verdict.delay_p99 is not None and verdict.delay_p99 > delay_limit:
+        found.append(
+            f"requests were sent late: {_ms(verdict.delay_p99)} after their schedule at p99, "
+            f"and {_ms(delay_limit)} would be borne"
+        )
+    if verdict.lag_bad_share is not None and verdict.lag_bad_share > BAD_SECONDS:
+        starved = verdict.cpu_median is not None and verdict.cpu_median < CPU_FULL / 2
+        found.append(
+            f"what had come waited more than {_ms(lag_limit)} to be read in {verdict.lag_bad_share:.0%} of the seconds"
+            + (": other programs held this machine's cores" if starved else "")
+        )
+    if verdict.requested_rate and verdict.achieved_rate < ACHIEVED * verdict.requested_rate:
+        found.append(
+            f"{verdict.achieved_rate:.4g} of the {verdict.requested_rate:.4g} requests/s that were due were sent by the end"
+        )
+    return found
+
+
+def _notes(verdict: Honesty, summary: Summary, repeat: RepeatData) -> Sequence[str]:
+    found = []
+    if not verdict.open_loop:
+        found.append(
+            "Closed users wait for their answers: a slow server is asked less, so its slow moments count less than "
+            "they would with people who come when they come."
+        )
+    if 0 < verdict.requests < REQUESTS_FOR_P99:
+        found.append(
+            f"Fewer than {REQUESTS_FOR_P99:,} requests in a repeat: its p99 is a handful of them, its p99.9 the slowest."
+        )
+    if not verdict.requests:
+        found.append("No request was due in the measured window.")
+    if summary.uncounted:
+        found.append(
+            f"{summary.uncounted:,} answers told no usage: their tokens are in none of the figures, "
+            "and tokens/s is too low by them."
+        )
+    found.extend(_drift(summary))
+    if repeat.unread:
+        found.append(f"{repeat.unread:,} lines of the run's files were torn and are left out.")
+    if repeat.end is not None and repeat.end.lost_processes:
+        lost = ", ".join(map(str, repeat.end.lost_processes))
+        found.append(f"Processes of the load generator that were lost on the way: {lost}.")
+    return found
+
+
+def _drift(summary: Summary) -> Sequence[str]:
+    wanted, got = summary.wanted_length, summary.output_length
+    if wanted is None or got is None or not wanted.mean:
+        return []
+    drift = got.mean / wanted.mean - 1
+    if abs(drift) <= DRIFT:
+        return []
+    direction = "shorter" if drift < 0 else "longer"
+    said = f"({got.mean:.4g} tokens on average, {wanted.mean:.4g} wanted)"
+    return [f"Answers were {abs(drift):.0%} {direction} than asked for {said}: compare only with runs like it."]
+
+
+def _together(said: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
+    """Every sentence once, with the repeats that said it where not all did."""
+    found: dict[str, list[int]] = {}
+    for sentences, number in zip(said, numbers, strict=True):
+        for sentence in sentences:
+            found.setdefault(sentence, []).append(number)
+    return [
+        sentence if len(where) == len(said) else f"Repeat {', '.join(map(str, where))}: {sentence}"
+        for sentence, where in found.items()
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _worst(values: Sequence[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    had = [value for value in values if value is not None]
+    return math.fsum(had) / len(had) if had else None
