@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainSerializer, PlainValidator
 
-from vitalis_load.lengths import STRICT, Spread
+from vitalis_load.lengths import STRICT, Length
 from vitalis_load.shapes import Course
 
 
@@ -44,7 +44,7 @@ class Users(_Arrivals):
 
     kind: Literal["users"]
     users: Annotated[int, Field(ge=1, le=100_000)]
-    think_seconds: Spread = Spread(min=0, max=0)
+    think_seconds: Length = Length(min=0, max=0)
 
 
 class Constant(_Arrivals):

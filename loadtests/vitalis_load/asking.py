@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitalis_load import prompts
 from vitalis_load.arrivals import Constant, Poisson, Trace, Users, due
-from vitalis_load.lengths import Spread
+from vitalis_load.lengths import Length
 from vitalis_load.prompts import Shared, Text, Tokenisation, dice_of
 from vitalis_load.tasks import Message, Task, document
 
@@ -163,7 +163,7 @@ class Plan:
         return prompts.unique(words, self._seed, self._salt, task.name, "prefix", group)
 
     def _pause(self, task: Task, turn: int, who: tuple[object, ...]) -> float:
-        think: Spread | None = task.think_seconds
+        think: Length | None = task.think_seconds
         if think is None or turn == task.turns - 1:
             arrivals = self.scenario.arrivals
             think = arrivals.think_seconds if isinstance(arrivals, Users) else think
@@ -194,7 +194,7 @@ class _Talk:
     def question(self, turn: int, prefixed: bool) -> str:
         dice = dice_of(*self._dice, turn, "prompt")
         prompt = self._task.prompt
-        spread = prompt.tokens if isinstance(prompt, (Text, Shared)) else Spread(min=1, max=1)
+        spread = prompt.tokens if isinstance(prompt, (Text, Shared)) else Length(min=1, max=1)
         if turn and self._task.follow_up_tokens is not None:
             spread = self._task.follow_up_tokens
         tokens = self._prompt_tokens if self._prompt_tokens and not turn else spread.whole(dice)

@@ -9,31 +9,30 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from vitalis_load import layers
+from vitalis_load.metrics import Slo
 
-SLO_LIMITS = (
-    "ttft_p99_ms", "tpot_p99_ms", "e2e_p99_ms", "ttft_ms", "tpot_ms", "e2e_ms", "failed_share", "min_goodput",
-    "min_tokens_per_second", "min_good_share",
-)  # fmt: skip
+SLO_LIMITS = Slo.__struct_fields__
 _KINDS = {
     "string": "a text", "float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list",
     "dict": "a mapping", "model": "a mapping of fields",
 }  # fmt: skip
 
 
-def check_slo(slo: dict[str, float]) -> None:
-    """Raises ValueError for a limit there is not."""
-    strange = [unknown(name, SLO_LIMITS) for name in slo if name not in SLO_LIMITS]
+def check_slo(slo: dict[str, float]) -> dict[str, float]:
+    """The same. Raises ValueError for a limit there is not."""
+    strange = [f"{name} {unknown(name, SLO_LIMITS)}" for name in slo if name not in SLO_LIMITS]
     if strange:
         raise ValueError("; ".join(strange))
     wrong = [name for name, value in slo.items() if value < 0]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} must not be below 0")
+    return slo
 
 
 def unknown(name: object, allowed: Any) -> str:
-    """A sentence for a name there is not, with the one that was probably meant."""
+    """What to say of a name there is not, with the one that was probably meant."""
     near = get_close_matches(str(name), [str(one) for one in allowed], n=1)
-    return f"{name} is not known; " + (f"did you mean {near[0]}?" if near else f"allowed: {layers.listed(allowed)}")
+    return "is not known; " + (f"did you mean {near[0]}?" if near else f"allowed: {layers.listed(allowed)}")
 
 
 def sentence(error: ValidationError, tree: Any, path: Path, model: type[BaseModel]) -> str:
@@ -50,7 +49,7 @@ def _one(detail: ErrorDetails, tree: Any, path: Path, model: type[BaseModel]) ->
     given = detail.get("input")
     if kind == "extra_forbidden":
         allowed = _fields(model, detail["loc"][:-1])
-        return f"{where}: {field}: {unknown(steps[-1], allowed)}"
+        return f"{where}: {field} {unknown(steps[-1], allowed)}"
     if kind == "missing":
         return f"{where}: {field} is missing"
     if kind in ("literal_error", "union_tag_invalid"):
@@ -59,11 +58,13 @@ def _one(detail: ErrorDetails, tree: Any, path: Path, model: type[BaseModel]) ->
         wrong = str(context.get("tag", given))
         name = f"{field}.kind" if kind == "union_tag_invalid" else field
         where = layers.place(tree, [*steps, "kind"]) or where
-        return f"{where}: {name}: {unknown(wrong or repr(wrong), allowed)}"
+        return f"{where}: {name} {wrong!r} {unknown(wrong, allowed)}"
     if kind == "union_tag_not_found":
         return f"{where}: {field} needs a kind: {layers.listed(_tags(model, detail['loc']))}"
     if kind == "value_error":
         return f"{where}: {field + ': ' if field else ''}{context.get('error', detail['msg'])}"
+    if kind == "string_pattern_mismatch":
+        return f"{where}: {field} may have letters, digits and _ . - only, not {_shown(given)}"
     for ending in ("_type", "_parsing", "_from_float"):
         wanted = _KINDS.get(kind.removesuffix(ending))
         if kind.endswith(ending) and wanted:

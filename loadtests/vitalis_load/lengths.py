@@ -17,7 +17,7 @@ def assumed(kind: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {"kind": kind, **value} if isinstance(value, dict) else value)
 
 
-class Spread(BaseModel):
+class Length(BaseModel):
     """Written `400`, `{median: 400, p95: 2000}` or `{min: 100, max: 200}`. Beside median and p95, min and max limit."""
 
     model_config = STRICT

@@ -18,7 +18,7 @@ import msgspec
 from pydantic import BaseModel, Field
 
 from vitalis_load.errors import LoadFailure
-from vitalis_load.lengths import STRICT, Spread, assumed
+from vitalis_load.lengths import STRICT, Length, assumed
 
 MOST_SHOWN = 10  # wrong lines that one sentence names
 _BOOK_WORDS = 40_000
@@ -59,7 +59,7 @@ class Text(BaseModel):
     model_config = STRICT
 
     kind: Literal["text"] = "text"
-    tokens: Spread
+    tokens: Length
 
 
 class Shared(BaseModel):
@@ -70,7 +70,7 @@ class Shared(BaseModel):
     kind: Literal["shared"]
     prefix_tokens: Annotated[int, Field(ge=1, le=1_000_000)]
     groups: Annotated[int, Field(ge=1, le=100_000)] = 1
-    tokens: Spread
+    tokens: Length
 
 
 class File(BaseModel):

@@ -19,9 +19,10 @@ from vitalis_load.arrivals import Arrivals, Constant, Poisson, Times, Trace, Use
 from vitalis_load.asking import Plan
 from vitalis_load.errors import LoadFailure
 from vitalis_load.lengths import STRICT
+from vitalis_load.metrics import Slo
 from vitalis_load.prompts import Tokenisation
 from vitalis_load.shapes import Course, Shape, Steady
-from vitalis_load.tasks import Task
+from vitalis_load.tasks import Limits, Task
 
 FOLDER = Path(__file__).resolve().parents[1] / "scenarios"
 SCALES = ("full", "small")
@@ -51,7 +52,7 @@ class Scenario(BaseModel):
     cooldown_seconds: Annotated[float, Field(ge=0)] = 5.0
     repeats: Annotated[int, Field(ge=1, le=100)] = 3
     deadline_seconds: Annotated[float, Field(gt=0)] = 120.0
-    slo: dict[str, float] = {}
+    slo: Limits = {}
     credentials: dict[str, Credential] = {}
     tasks: Annotated[list[Task], Field(min_length=1)]
 
@@ -64,17 +65,15 @@ class Scenario(BaseModel):
             raise ValueError(f"two tasks are called {', '.join(twice)}; each needs a name of its own")
         return tasks
 
-    @field_validator("slo")
-    @classmethod
-    def _known_limits(cls, slo: dict[str, float]) -> dict[str, float]:
-        complaints.check_slo(slo)
-        return slo
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         wrong = list(self._misfits())
         if wrong:
             raise ValueError("; ".join(wrong))
+        for place, task in enumerate(self.tasks):
+            of_key = self.credentials.get(task.tenant, Credential()).klass
+            if of_key and not task.klass:
+                self.tasks[place] = task.model_copy(update={"klass": of_key})
         return self
 
     def _misfits(self) -> list[str]:
@@ -94,6 +93,10 @@ class Scenario(BaseModel):
             wrong.append("shape.seconds is missing: how long it is measured")
         if isinstance(self.arrivals, Trace) and self.shape.kind != "steady":
             wrong.append(f"shape {self.shape.kind} does not go with a trace, which says itself when requests come")
+        for task in self.tasks:
+            of_key = self.credentials.get(task.tenant, Credential()).klass
+            if of_key and task.klass not in ("", of_key):
+                wrong.append(f"task {task.name} is of class {task.klass}, its credential {task.tenant} of {of_key}")
         used = {task.tenant for task in self.tasks}
         strange = [label for label in self.credentials if label not in used]
         if strange:
@@ -139,10 +142,36 @@ class Scenario(BaseModel):
         """Requests a second at factor 1."""
         return float(arrivals.rate) * (self.capacity or 1.0) if isinstance(arrivals.rate, Times) else arrivals.rate
 
+    @property
+    def mean_rate(self) -> float:
+        """Requests a second that an open loop asks for within the window, on average."""
+        start, end = self.window
+        return sum(course.between(start, end) * rate for course, rate in self._streams()) / (end - start)
+
+    @property
+    def peak_rate(self) -> float:
+        """The most that an open loop asks for at a time, where all of its streams peak together."""
+        return sum(course.peak * rate for course, rate in self._streams())
+
+    def _streams(self) -> list[tuple[Course, float]]:
+        found = []
+        for task, arrivals in ((None, self.arrivals), *((task, task.arrivals) for task in self.tasks)):
+            if isinstance(arrivals, Trace):
+                asked = self.trace(arrivals)
+                found.append((self.course(task), len(asked) * arrivals.speed / max(1.0, asked[-1].at)))
+            elif isinstance(arrivals, (Constant, Poisson)):
+                found.append((self.course(task), self.rate(arrivals)))
+        return found
+
     def trace(self, trace: Trace) -> tuple[traces.Asked, ...]:
         return traces.read(trace.path, trace.unit, tuple(task.name for task in self.tasks))
 
     # who
+
+    @property
+    def limits(self) -> Slo:
+        """The run's SLO; a task's own is in `task.slo`."""
+        return Slo(**self.slo)
 
     @property
     def labels(self) -> list[str]:

@@ -48,7 +48,7 @@ def _moment(value: Any) -> Any:
 When = Annotated[
     Any,
     BeforeValidator(_moment),
-    PlainSerializer(lambda moment: str(moment) if moment.share else float(moment)),
+    PlainSerializer(lambda moment: str(moment) if isinstance(moment, Moment) and moment.share else moment),
     Field(json_schema_extra={"type": ["number", "string"]}),
 ]
 Factor = Annotated[float, Field(ge=0, le=MOST_FACTOR)]
@@ -91,7 +91,7 @@ class Spike(_Shape):
     high: Factor = 5.0
     at: When = _moment("40%")
     lasts: When = _moment("20%")
-    every: When | None = None
+    every: When = None
 
     def knots(self, seconds: float) -> Knots:
         lasts, every = self.lasts.of(seconds), self.every.of(seconds) if self.every is not None else seconds
@@ -171,6 +171,17 @@ class Course:
             return self._factors[0 if place == 0 else -1]
         t0, t1, f0, f1 = *self._times[place - 1 : place + 1], *self._factors[place - 1 : place + 1]
         return f0 + (f1 - f0) * (at - t0) / (t1 - t0)
+
+    def between(self, start: float, end: float) -> float:
+        """The load of these seconds, in seconds at factor 1."""
+        return self._until(end) - self._until(start)
+
+    def _until(self, at: float) -> float:
+        place = min(max(bisect_right(self._times, at), 1), len(self._times) - 1)
+        since = at - self._times[place - 1]
+        if self._times[place] <= self._times[place - 1]:
+            return self._loads[place]
+        return self._loads[place - 1] + since * (self._factors[place - 1] + self.factor(at)) / 2
 
     def when(self, load: float) -> float:
         """The moment by which so much load is due (0 <= load < self.load)."""

@@ -2,14 +2,17 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from vitalis_load.arrivals import Constant, Poisson, Trace
+from vitalis_load.complaints import check_slo
 from vitalis_load.layers import SPREAD
-from vitalis_load.lengths import STRICT, Spread
+from vitalis_load.lengths import STRICT, Length
 from vitalis_load.prompts import File, Prompt
 from vitalis_load.shapes import Shape
 
+# names as metrics.Slo has them
+Limits = Annotated[dict[str, float], AfterValidator(check_slo)]
 Message = dict[str, Any]
 # The fields that are made here; `body` may not name them.
 MADE = ("model", "stream", "messages", "prompt", "input", "system")
@@ -28,7 +31,7 @@ class Output(BaseModel):
 
     model_config = STRICT
 
-    tokens: Spread | None = None
+    tokens: Length | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     exact: bool = True
 
@@ -61,10 +64,11 @@ class Task(BaseModel):
     prompt: Prompt
     output: Output
     turns: Annotated[int, Field(ge=1, le=1000)] = 1
-    follow_up_tokens: Spread | None = None
-    think_seconds: Spread | None = None
+    follow_up_tokens: Length | None = None
+    think_seconds: Length | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     body: dict[str, Any] = {}
+    slo: Limits = {}
     arrivals: Annotated[Constant | Poisson | Trace, Field(discriminator="kind")] | None = None
     shape: Shape | None = None
 
