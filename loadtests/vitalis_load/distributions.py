@@ -8,7 +8,7 @@ import msgspec
 from vitalis_load import metrics
 from vitalis_load.histograms import Histogram
 from vitalis_load.records import Record
-from vitalis_load.timelines import quantile
+from vitalis_load.timelines import quantile, short
 
 # every half percent, and the tail in finer steps
 SHARES: Final = (
@@ -22,6 +22,8 @@ MEASURES: Final[Mapping[str, Callable[[Record], float | None]]] = {
     "tpot": metrics.tpot,
     "e2e": metrics.e2e,
 }
+# An answer that was still going at the end had its first token: the slowest are not left out.
+_OF_UNFINISHED: Final = ("ttft", "ttfo")
 
 
 class Distribution(msgspec.Struct, kw_only=True):
@@ -30,13 +32,17 @@ class Distribution(msgspec.Struct, kw_only=True):
 
 
 def distributions(records: Iterable[Record], gaps: Histogram | None) -> dict[str, Distribution]:
-    """Of the requests that ended as they must; `gaps` of all chunks. What nobody had is left out."""
-    good = [record for record in records if not record.unfinished and not metrics.failed(record)]
+    """Of the requests that did not fail; `gaps` of all chunks. What nobody had is left out."""
+    whole = [record for record in records if not metrics.failed(record)]
+    ended = [record for record in whole if not record.unfinished]
     result = {}
     for name, measure in MEASURES.items():
-        values = sorted(value for record in good if (value := measure(record)) is not None)
+        of = whole if name in _OF_UNFINISHED else ended
+        values = sorted(value for record in of if (value := measure(record)) is not None)
         if values:
-            result[name] = Distribution(count=len(values), values=[quantile(values, share) for share in SHARES])
+            result[name] = Distribution(count=len(values), values=[short(quantile(values, share)) for share in SHARES])
     if gaps is not None and gaps.count:
-        result["gaps"] = Distribution(count=gaps.count, values=[gaps.percentile(100 * share) for share in SHARES])
+        result["gaps"] = Distribution(
+            count=gaps.count, values=list(gaps.percentiles(*(100 * share for share in SHARES)))
+        )
     return result

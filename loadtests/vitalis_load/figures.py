@@ -6,8 +6,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from vitalis_load.estimates import Estimate, estimate
 from vitalis_load.metrics import Summary
-from vitalis_load.spread import Spread, spread
 
 Unit = Literal["s", "1/s", "share", "tokens", "count"]
 
@@ -33,7 +33,7 @@ def _times() -> Iterable[Figure]:
         "e2e": ("E2E", "p50", "p99"),
         "ttft_queued": ("TTFT from schedule",),
         "e2e_queued": ("E2E from schedule",),
-        "delay": ("schedule delay",),
+        "schedule_delay": ("schedule delay",),
     }
     for name, (title, *judged) in names.items():
         for part in ("p50", "p90", "p95", "p99", "p99_9", "min", "max", "mean"):
@@ -55,7 +55,7 @@ FIGURES: Final[Mapping[str, Figure]] = {
             key="output_tokens_per_second",
             title="output tokens/s",
             unit="1/s",
-            path="output_tokens_per_second_steady",
+            path="output_tokens_per_second",
             better="more",
             judged=True,
         ),
@@ -63,7 +63,7 @@ FIGURES: Final[Mapping[str, Figure]] = {
             key="output_tokens_per_second_whole",
             title="output tokens/s, begin to end",
             unit="1/s",
-            path="output_tokens_per_second",
+            path="output_tokens_per_second_whole",
             better="more",
         ),
         Figure(
@@ -77,7 +77,7 @@ FIGURES: Final[Mapping[str, Figure]] = {
             key="tokens_per_second_per_user",
             title="tokens/s of one user",
             unit="1/s",
-            path="tokens_per_second_per_user.p50",
+            path="tokens_per_second_per_user",
             better="more",
         ),
         Figure(key="requests_per_second", title="requests/s", unit="1/s", path="requests_per_second", better="more"),
@@ -92,7 +92,7 @@ FIGURES: Final[Mapping[str, Figure]] = {
         ),
         *_times(),
         Figure(key="requests", title="requests", unit="count", path="requests"),
-        Figure(key="output_length", title="output tokens of a request", unit="tokens", path="output_length.mean"),
+        Figure(key="output_length", title="output tokens of a request", unit="tokens", path="output_tokens.mean"),
         Figure(key="cached_share", title="prompt tokens from the prefix cache", unit="share", path="cached_share"),
         Figure(key="reasoning_share", title="output tokens that were reasoning", unit="share", path="reasoning_share"),
     )
@@ -107,8 +107,8 @@ def value(summary: Summary, figure: Figure) -> float | None:
     return float(found) if isinstance(found, (int, float)) and math.isfinite(found) else None
 
 
-def spreads(summaries: Iterable[Summary]) -> dict[str, Spread]:
+def over_repeats(summaries: Iterable[Summary]) -> dict[str, Estimate]:
     """Each figure over the repeats, without those that nobody had."""
     known = list(summaries)
-    found = {key: spread(value(summary, figure) for summary in known) for key, figure in FIGURES.items()}
+    found = {key: estimate(value(summary, figure) for summary in known) for key, figure in FIGURES.items()}
     return {key: over for key, over in found.items() if over is not None}

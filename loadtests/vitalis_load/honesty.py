@@ -1,12 +1,12 @@
 """Whether a run says something about the server, or about the load generator that asked it."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 
-from vitalis_load import metrics
 from vitalis_load.metrics import Summary, Window
 from vitalis_load.reading import RepeatData
 from vitalis_load.timelines import busiest, quantile
@@ -22,6 +22,7 @@ SHARE_OF_TTFT: Final = 0.05
 BAD_SECONDS: Final = 0.10
 ACHIEVED: Final = 0.98  # of the requested rate
 REQUESTS_FOR_P99: Final = 1000
+_FIGURES: Final = re.compile(r"\d[\d.,e+-]*( ms| s)?")
 DRIFT: Final = 0.10  # of the mean output length against what was asked for
 
 
@@ -49,17 +50,16 @@ class Honesty(msgspec.Struct, kw_only=True):
 
 def judge(repeat: RepeatData, scenario: dict[str, Any], window: Window, summary: Summary) -> Honesty:
     """One repeat. `scenario` as in RunInfo."""
-    inside = [record for record in repeat.records if window.start <= record.scheduled < window.end]
-    seconds = max(window.end - window.start, 1e-9)
+    inside = [record for record in repeat.records if window.holds(record.scheduled)]
+    seconds = max(window.seconds, 1e-9)
     kind = (scenario.get("arrivals") or {}).get("kind", "users")
     open_loop = kind != "users"
     sent = sum(1 for record in inside if record.sent < window.end)
-    delays = sorted(metrics.schedule_delay(record) for record in inside)
-    ttfts = sorted(value for record in inside if (value := metrics.ttft(record)) is not None)
-    client = [second for second in repeat.client if window.start <= second.at < window.end]
+    delay = summary.schedule_delay if open_loop else None
+    client = [second for second in repeat.client if window.holds(second.at)]
     cpu = sorted(busiest(client).values())
     lags = sorted(second.loop_lag_ms / 1000 for second in client)
-    typical = quantile(ttfts, 0.5) if ttfts else 0.0
+    typical = summary.ttft.p50 if summary.ttft else 0.0
     lag_limit = max(LAG_SECONDS, SHARE_OF_TTFT * typical)
     verdict = Honesty(
         client_bound=False,
@@ -69,8 +69,8 @@ def judge(repeat: RepeatData, scenario: dict[str, Any], window: Window, summary:
         requests=len(inside),
         requested_rate=len(inside) / seconds if open_loop else None,
         achieved_rate=sent / seconds,
-        delay_p50=quantile(delays, 0.5) if delays and open_loop else None,
-        delay_p99=quantile(delays, 0.99) if delays and open_loop else None,
+        delay_p50=delay.p50 if delay else None,
+        delay_p99=delay.p99 if delay else None,
         cpu_median=quantile(cpu, 0.5) if cpu else None,
         cpu_max=cpu[-1] if cpu else None,
         cpu_full_share=sum(1 for used in cpu if used > CPU_FULL) / len(cpu) if cpu else None,
@@ -131,7 +131,7 @@ def _reasons(verdict: Honesty, typical: float, lag_limit: float) -> Sequence[str
         )
     if verdict.requested_rate and verdict.achieved_rate < ACHIEVED * verdict.requested_rate:
         found.append(
-            f"{verdict.achieved_rate:.4g} of the {verdict.requested_rate:.4g} requests/s that were due were sent by the end"
+            f"{verdict.achieved_rate:.4g} of the {verdict.requested_rate:.4g} requests/s that were due were sent in it"
         )
     return found
 
@@ -145,10 +145,12 @@ def _notes(verdict: Honesty, summary: Summary, repeat: RepeatData) -> Sequence[s
         )
     if 0 < verdict.requests < REQUESTS_FOR_P99:
         found.append(
-            f"Fewer than {REQUESTS_FOR_P99:,} requests in a repeat: its p99 is a handful of them, its p99.9 the slowest."
+            f"Fewer than {REQUESTS_FOR_P99:,} requests in a repeat: its p99 is a few of them, its p99.9 the slowest."
         )
     if not verdict.requests:
         found.append("No request was due in the measured window.")
+    if summary.unfinished:
+        found.append(f"{summary.unfinished:,} requests were still going when it ended: neither good nor failed.")
     if summary.uncounted:
         found.append(
             f"{summary.uncounted:,} answers told no usage: their tokens are in none of the figures, "
@@ -164,11 +166,8 @@ def _notes(verdict: Honesty, summary: Summary, repeat: RepeatData) -> Sequence[s
 
 
 def _drift(summary: Summary) -> Sequence[str]:
-    wanted, got = summary.wanted_length, summary.output_length
-    if wanted is None or got is None or not wanted.mean:
-        return []
-    drift = got.mean / wanted.mean - 1
-    if abs(drift) <= DRIFT:
+    wanted, got, drift = summary.wanted_tokens, summary.output_tokens, summary.output_drift
+    if wanted is None or got is None or drift is None or abs(drift) <= DRIFT:
         return []
     direction = "shorter" if drift < 0 else "longer"
     said = f"({got.mean:.4g} tokens on average, {wanted.mean:.4g} wanted)"
@@ -176,15 +175,20 @@ def _drift(summary: Summary) -> Sequence[str]:
 
 
 def _together(said: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
-    """Every sentence once, with the repeats that said it where not all did."""
-    found: dict[str, list[int]] = {}
+    """What several repeats said, once; of sentences that differ in their figures only, the first."""
+    found: dict[str, list[tuple[str, int]]] = {}
     for sentences, number in zip(said, numbers, strict=True):
         for sentence in sentences:
-            found.setdefault(sentence, []).append(number)
-    return [
-        sentence if len(where) == len(said) else f"Repeat {', '.join(map(str, where))}: {sentence}"
-        for sentence, where in found.items()
-    ]
+            found.setdefault(_FIGURES.sub("", sentence), []).append((sentence, number))
+    result = []
+    for same in found.values():
+        (first, number), *others = same
+        if len(same) == len(said) and all(sentence == first for sentence, _ in others):
+            result.append(first)
+            continue
+        alike = f" (alike: {', '.join(str(other) for _, other in others)})" if others else ""
+        result.append(f"Repeat {number}{alike}: {first}")
+    return result
 
 
 def _ms(seconds: float) -> str:

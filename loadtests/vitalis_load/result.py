@@ -15,12 +15,12 @@ import msgspec
 from vitalis_load import figures, honesty, metrics, reading, timelines
 from vitalis_load.distributions import Distribution, distributions
 from vitalis_load.errors import Exit, LoadFailure
+from vitalis_load.estimates import Estimate
 from vitalis_load.histograms import Histogram
 from vitalis_load.honesty import Honesty
 from vitalis_load.metrics import Slo, Summary, Verdict, Window
 from vitalis_load.reading import RepeatData, Repeats
 from vitalis_load.records import Record, RunInfo
-from vitalis_load.spread import Spread
 from vitalis_load.timelines import Timeline
 
 
@@ -53,7 +53,7 @@ class Failure(msgspec.Struct, kw_only=True):
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """A whole run. `figures` has a Spread over the repeats for each key of figures.FIGURES that could be had."""
+    """A whole run. `figures` has an Estimate over the repeats for each key of figures.FIGURES that could be had."""
 
     schema: str = "vitalis-load-result/1"
     run: RunInfo
@@ -62,7 +62,7 @@ class Result(msgspec.Struct, kw_only=True):
     honesty: Honesty
     slo: Slo
     verdicts: list[Verdict]  # of the medians over the repeats
-    figures: dict[str, Spread]
+    figures: dict[str, Estimate]
     failures: list[Failure]
     distributions: dict[str, Distribution]  # ttft, ttfo, tpot, gaps, e2e; of all repeats together
     repeats: list[RepeatResult]
@@ -77,7 +77,7 @@ class SweepPoint(msgspec.Struct, kw_only=True):
     """One load that was tried."""
 
     load: float  # in the sweep's unit
-    figures: dict[str, Spread]
+    figures: dict[str, Estimate]
     met: bool = True  # the SLO
     missed: list[str] = []  # which limits of the SLO were not, in words
     client_bound: bool = False
@@ -117,8 +117,7 @@ def write(run: Path) -> Result:
 
 def store(made: Result | Sweep, path: Path) -> None:
     """Whole or not at all. Raises LoadFailure where the disk does not take it."""
-    document = msgspec.json.format(msgspec.json.encode(made), indent=1)
-    whole(path, document + b"\n")
+    whole(path, msgspec.json.encode(made) + b"\n")
 
 
 def load(path: Path) -> Result:
@@ -195,7 +194,7 @@ def made_of(run: Repeats) -> Result:
         honesty=honesty.over([repeat.honesty for repeat in repeats], [repeat.number for repeat in repeats]),
         slo=slo,
         verdicts=_verdicts([repeat.summary for repeat in repeats], slo),
-        figures=figures.spreads(repeat.summary for repeat in repeats),
+        figures=figures.over_repeats(repeat.summary for repeat in repeats),
         failures=_failures([record for records in inside for record in records]),
         distributions=distributions([record for records in inside for record in records], gaps),
         repeats=repeats,
@@ -244,14 +243,14 @@ def _repeat(repeat: RepeatData, info: RunInfo, slo: Slo) -> RepeatResult:
 
 
 def _inside(records: Iterable[Record], measured: Window) -> list[Record]:
-    return [record for record in records if measured.start <= record.scheduled < measured.end]
+    return [record for record in records if measured.holds(record.scheduled)]
 
 
 def _gaps(repeat: RepeatData, measured: Window) -> Histogram:
     """Of whole seconds within the window."""
     total = Histogram()
     for second in repeat.gaps:
-        if measured.start <= second.at < measured.end:
+        if measured.holds(second.at):
             with contextlib.suppress(ValueError):
                 total.merge(Histogram.decode(second.hdr))
     return total

@@ -94,7 +94,7 @@ class _Bins:
         counts = [0] * self.count
         for moment in moments:
             counts[self.of(moment)] += 1
-        return [count / self.width for count in counts]
+        return [short(count / self.width) for count in counts]
 
     def mean(self, spans: Iterable[tuple[float, float, float]]) -> Series:
         """Of (start, end, amount), each amount spread evenly over its span: how much comes to a second of each bin."""
@@ -114,14 +114,14 @@ class _Bins:
         whole = 0.0
         for edge, step in zip(edges, steps, strict=False):
             whole += step
-            result.append(max(0.0, edge / self.width + whole))
+            result.append(short(max(0.0, edge / self.width + whole)))
         return result
 
     def pick(self, points: Iterable[tuple[float, float]], choose: Callable[[list[float]], float]) -> Series:
         found: list[list[float]] = [[] for _ in range(self.count)]
         for moment, value in points:
             found[self.of(moment)].append(value)
-        return [choose(values) if values else None for values in found]
+        return [short(choose(values)) if values else None for values in found]
 
     def growth(self, points: Iterable[tuple[float, float]]) -> Series:
         """How fast a total rose, per second. One that falls was reset by a restart: it rose by what it is since."""
@@ -139,9 +139,10 @@ class _Bins:
 
 def _tokens(records: Iterable[Record]) -> Iterable[tuple[float, float, float]]:
     for record in records:
-        if record.completion_tokens:
-            start = record.first_token if record.first_token is not None else record.ended
-            end = record.last_token if record.last_token is not None else record.ended
+        if record.completion_tokens and metrics.succeeded(record):
+            start, end = record.first_token, record.last_token
+            if start is None or end is None:
+                start, end = record.sent, record.ended
             yield start, end, float(record.completion_tokens)
 
 
@@ -182,7 +183,7 @@ def _engines(samples: list[Sample], bins: _Bins) -> dict[str, EngineTimeline]:
             kv_usage=gauge(lambda engine: engine.kv_usage),
             tokens_per_second=growth(lambda engine: engine.generation_tokens),
             cache_hits=[
-                min(1.0, (hit or 0.0) / queries) if queries else None
+                short(min(1.0, (hit or 0.0) / queries)) if queries else None
                 for hit, queries in zip(hits, looked_up, strict=True)
             ],
             preemptions=growth(lambda engine: engine.preemptions),
@@ -208,6 +209,11 @@ def busiest(client: Iterable[ClientSecond]) -> dict[int, float]:
     for second in client:
         result[second.at] = max(result.get(second.at, 0.0), second.cpu)
     return result
+
+
+def short(value: float) -> float:
+    """Six digits: nothing is measured better, and a page carries thousands of them."""
+    return float(f"{value:.6g}")
 
 
 def _mean(values: list[float]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 
-class Spread(msgspec.Struct, kw_only=True):
+class Estimate(msgspec.Struct, kw_only=True):
     """One figure over the repeats that had it. The interval is the mean's, by Student's t; None for one repeat."""
 
     values: list[float]  # in the order of the repeats
@@ -20,7 +20,7 @@ class Spread(msgspec.Struct, kw_only=True):
     deviation: float | None  # of the sample
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
+def estimate(values: Iterable[float | None]) -> Estimate | None:
     """None where no repeat had the figure."""
     had = [value for value in values if value is not None and math.isfinite(value)]
     if not had:
@@ -28,7 +28,7 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     mean = statistics.fmean(had)
     deviation = statistics.stdev(had) if len(had) > 1 else None
     half = None if deviation is None else t_quantile(0.975, len(had) - 1) * deviation / math.sqrt(len(had))
-    return Spread(
+    return Estimate(
         values=had,
         median=statistics.median(had),
         mean=mean,
