@@ -32,6 +32,8 @@ READ_BYTES = 65536
 REFUSAL_BYTES = 65536  # of a refusal's body: its words are at the beginning
 # A server that closes an idle connection just as a request comes says so at once; later than this, it was the request.
 AT_ONCE_SECONDS = 0.25
+# How long HTTP's own end may come after the API's: the answer is whole, only the connection may not be.
+LINGER_SECONDS = 1.0
 
 
 def request(
@@ -88,6 +90,7 @@ class Connection:
     def ask(self, request: bytes, reader: Reader, *, scheduled: float, deadline: float, clock: Clock) -> Record:
         """Sends the request and reads its answer into `reader`. `scheduled` and `deadline` by `clock`, as all times of
         the record, whose task, tenant and what else a connection cannot know are the caller's to fill in."""
+        self._abandoned = False
         sent = clock()
         record = Record(task="", api=reader.api, stream=reader.stream, scheduled=scheduled, sent=sent, ended=sent)
         exchange = _Exchange(record, reader)
@@ -100,10 +103,8 @@ class Connection:
             self.close()
         reader.fail("no_end", "no answer came", clock())
         reader.fill(record)
-        if self._abandoned:
-            self._abandoned = False
-            if record.error:
-                record.error, record.detail, record.unfinished = "", "", True
+        if self._abandoned and record.error:
+            record.error, record.detail, record.unfinished = "", "", True
         return record
 
     def abandon(self) -> None:
@@ -121,7 +122,7 @@ class Connection:
 
     def _converse(self, request: bytes, exchange: "_Exchange", deadline: float, clock: Clock) -> None:
         reused = self._still_open()
-        if not reused and not self._open(exchange, deadline, clock):
+        if not reused and (not self._open(exchange, deadline, clock) or self._abandoned):
             return
         began = clock()
         if self._attempt(request, exchange, deadline, clock) or self._abandoned:
@@ -199,7 +200,7 @@ class Connection:
             try:
                 if left <= 0:
                     raise TimeoutError
-                connection.settimeout(left)
+                connection.settimeout(min(left, LINGER_SECONDS) if exchange.reader.done else left)
                 data = connection.recv(READ_BYTES)
             except TimeoutError:
                 exchange.fail("timeout", f"no end within {deadline - exchange.record.sent:.1f} s", clock())
@@ -233,6 +234,8 @@ class _Exchange:
         self._until_closed = True
         self._refusal = bytearray()
         self._message_over = False
+        self._keep_alive = False
+        self._more = False  # bytes after the answer, which nobody asked for
 
     def feed(self, data: bytes, now: float) -> None:
         self._now = now
@@ -261,11 +264,16 @@ class _Exchange:
         self.reader.fail(error, detail, now)
 
     def reusable(self) -> bool:
-        return self._message_over and not self._until_closed and bool(self._parser.should_keep_alive())
+        return self._message_over and not self._until_closed and not self._more and self._keep_alive
 
     # -- httptools
 
+    def on_message_begin(self) -> None:
+        self._more = self._message_over
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._more:
+            return
         name = name.lower()
         if name in (b"content-length", b"transfer-encoding"):
             self._until_closed = False
@@ -276,6 +284,8 @@ class _Exchange:
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
+        if self._more:
+            return
         if status >= 200:
             self._status = self.record.status = status
             self.record.head = self._now
@@ -283,14 +293,17 @@ class _Exchange:
             self._until_closed = True
 
     def on_body(self, body: bytes) -> None:
+        if self._more:
+            return
         if self._status == 200:
             self.reader.feed(body, self._now)
         elif len(self._refusal) < REFUSAL_BYTES:
             self._refusal += body
 
     def on_message_complete(self) -> None:
-        if self._status >= 200:
+        if self._status >= 200 and not self._message_over:
             self._message_over = True
+            self._keep_alive = bool(self._parser.should_keep_alive())
             self._end()
 
     def _end(self) -> None:
