@@ -10,7 +10,7 @@ from vitalis_load import prompts
 from vitalis_load.arrivals import Constant, Poisson, Trace, Users, due
 from vitalis_load.lengths import Length
 from vitalis_load.prompts import Shared, Text, Tokenisation, dice_of
-from vitalis_load.tasks import Message, Task, document
+from vitalis_load.tasks import Message, Output, Task, document
 
 if TYPE_CHECKING:
     from vitalis_load.scenario import Scenario
@@ -124,6 +124,17 @@ class Plan:
         said = answers[len(answers) - number :] if 0 < number <= len(answers) else ()
         who = ("user", user, conversation)
         return self._ask(task, user * 1_000_003 + conversation, number, said, (_NO_LENGTH, _NO_LENGTH), who)
+
+    def probes(self) -> list[Ask]:
+        """Requests of different lengths for one token each, whose usage tells `prompts.fit` how the model counts."""
+        task = self.scenario.tasks[0].model_copy(
+            update={"api": "chat", "stream": False, "output": Output(max_tokens=1), "turns": 1, "think_seconds": None}
+        )
+        return [
+            self._ask(task.model_copy(update={"prompt": Text(tokens=Length(min=tokens, max=tokens))}), number, 0, (),
+                      (_NO_LENGTH, _NO_LENGTH), ("probe", number))
+            for number, tokens in enumerate((60, 160, 300))
+        ]  # fmt: skip
 
     def _place(self, user: int, turn: int) -> tuple[int, int, Task]:
         conversation, first, task = self._places.get(user) or (0, 0, self._task("user", user, 0))

@@ -116,7 +116,7 @@ class Scenario(BaseModel):
         if self.shape.seconds is not None:
             return self.shape.seconds
         assert isinstance(self.arrivals, Trace)
-        length = self.trace(self.arrivals)[-1].at / self.arrivals.speed
+        length = self.trace(self.arrivals)[-1].at / self.arrivals.speed + 1  # so that the last one is in
         return max(1.0, length - self.warmup_seconds - self.cooldown_seconds)
 
     @property
