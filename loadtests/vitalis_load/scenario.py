@@ -202,12 +202,17 @@ class Scenario(BaseModel):
         return Plan(self, seed, salt, model, tokenisation or Tokenisation())
 
     def resolved(self) -> dict[str, Any]:
-        """The whole of it after defaults and scale, as JSON has it; `of` makes the same scenario of it."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """The whole of it after defaults and scale, as JSON has it, and beside it as `expected` what it comes to: open,
+        seconds, window, and of an open loop mean_rate and peak_rate in requests/s. `of` makes the same of it again."""
+        expected: dict[str, Any] = {"open": self.open, "seconds": self.seconds, "window": list(self.window)}
+        if self.open:
+            expected |= {"mean_rate": self.mean_rate, "peak_rate": self.peak_rate}
+        return self.model_dump(mode="json", exclude_none=True) | {"expected": expected}
 
     @classmethod
     def of(cls, resolved: Mapping[str, Any]) -> Self:
-        return cls.model_validate(dict(resolved))
+        """Raises pydantic's ValidationError."""
+        return cls.model_validate({name: value for name, value in resolved.items() if name != "expected"})
 
 
 def names() -> list[str]:

@@ -41,7 +41,8 @@ def shown(scenario: Scenario) -> str:
         key = scenario.credential(label)
         of_class = f" of class {key.klass}" if key.klass else ""
         head.append(f"# key {label!r}{of_class}: --keys {label}=VARIABLE, or in {key.env}")
-    body = yaml.safe_dump(scenario.resolved(), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    fields = {name: value for name, value in scenario.resolved().items() if name != "expected"}
+    body = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
     return "\n".join([*head, body.rstrip()])
 
 

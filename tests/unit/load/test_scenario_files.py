@@ -106,6 +106,14 @@ def test_what_is_resolved_makes_the_same_scenario(tmp_path: Path) -> None:
             assert Scenario.of(yaml.safe_load(yaml.safe_dump(found.resolved()))) == found
 
 
+def test_what_is_resolved_says_what_it_comes_to() -> None:
+    assert load("surge").resolved()["expected"] == {
+        "open": True, "seconds": 160, "window": [20, 140], "peak_rate": pytest.approx(119.4),
+        "mean_rate": pytest.approx(76.6, abs=0.1),
+    }  # fmt: skip
+    assert load("multi-turn").resolved()["expected"] == {"open": False, "seconds": 250, "window": [60, 240]}
+
+
 def test_files_are_looked_for_beside_the_scenario(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"at": 0, "prompt_tokens": 5, "output_tokens": 5}\n')
     text = GOOD.replace("{kind: poisson, rate: 0.5x}", "{kind: trace, path: t.jsonl}")
@@ -167,7 +175,7 @@ def test_a_neighbour_asks_for_ten_times_its_share() -> None:
         ("seconds: 60", "seconds: -1", "mine.yaml:4: shape.seconds must be greater than 0, not -1"),
         ("seconds: 60", "seconds: .inf", "mine.yaml:4: shape.seconds must be a finite number, not inf"),
         ("{seconds: 60}", "{kind: steady}", "shape.seconds is missing: how long it is measured"),
-        ("{seconds: 60}", "{kind: spike, seconds: 9, at: 140%}", 'shape.at: must be seconds (30), or a share of the whole'),
+        ("{seconds: 60}", "{kind: spike, seconds: 9, at: 140%}", "shape.at: must be seconds (30), or a share"),
         ("ttft_p99_ms", "ttft_p99", "mine.yaml:5: slo: ttft_p99 is not known; did you mean ttft_p99_ms?"),
         ("p95: 2000, max", "max", "tasks.chat.prompt.tokens: median and p95 go together"),
         ("p95: 2000", "p95: 200", "tasks.chat.prompt.tokens: p95 (200) is below median (400)"),
@@ -184,7 +192,7 @@ def test_a_neighbour_asks_for_ten_times_its_share() -> None:
         ("name: mine", "name: mine\nname: other", "mine.yaml:2: name stands twice (first in line 1)"),
         ("name: mine", "name: [mine", "not YAML: "),
         ("name: mine", "7: mine", "mine.yaml:1: '7' is not a field's name"),
-        ("kind: poisson, rate: 0.5x", "kind: trace, path: nowhere.jsonl", "nowhere.jsonl: the trace lines cannot be read"),
+        ("kind: poisson, rate: 0.5x", "kind: trace, path: nowhere.jsonl", "nowhere.jsonl: the trace lines cannot be"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_place(tmp_path: Path, old: str, new: str, words: str) -> None:
