@@ -1,6 +1,5 @@
 """Durations as HdrHistograms: 1 us to 10 min with three digits, added up over processes and seconds."""
 
-import binascii
 import math
 import struct
 import zlib
@@ -12,7 +11,10 @@ from hdrh.histogram import HdrHistogram
 MOST_MICROSECONDS = 600_000_000
 _DIGITS = 3
 _MOST_NOTED = 20_000
-_UNREADABLE = (binascii.Error, zlib.error, struct.error, HdrCookieException, HdrLengthException, IndexError, TypeError)
+# What hdrh raises over bytes that are none.
+_UNREADABLE = (
+    zlib.error, struct.error, HdrCookieException, HdrLengthException, IndexError, TypeError, ValueError, RuntimeError,
+)  # fmt: skip
 
 
 class Histogram:
