@@ -1,18 +1,6 @@
 """What is load-tested: where it is, what opens it, what it is asked for, and where it tells of itself."""
 
-import difflib
-import http.client
-import json
-import socket
-import ssl
-from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
-
 import msgspec
-
-from vitalis_load.errors import Exit, LoadFailure
-
-ANSWER_SECONDS = 10
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,3 +20,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     def key(self, label: str) -> str:
         """The credential for a scenario's label; that of everybody ("") where it has none of its own."""
         return self.keys.get(label) or self.keys.get("", "")
+
+    def __repr__(self) -> str:
+        return f"Target(url={self.url!r}, model={self.model!r}, keys of {sorted(self.keys)})"  # no secret in any log
