@@ -84,20 +84,42 @@ def expected_seconds(left: Sequence[Cell], cell_seconds: float, start_seconds: f
     return len(left) * (cell_seconds + WAITS_SECONDS) + len({cell.options for cell in left}) * start_seconds
 
 
-def scenario(
-    shape: Shape, streams: int, *, seconds: float, warmup: float, deadline: float, seed_words: str = "matrix"
-) -> dict[str, Any]:
+class Timing(msgspec.Struct, frozen=True):
+    """Of one cell, in seconds."""
+
+    warmup: float
+    measured: float
+    cooldown: float
+
+    @property
+    def whole(self) -> float:
+        return self.warmup + self.measured + self.cooldown
+
+
+def timing(seconds: float, before: Point | None) -> Timing:
+    """`before`: the same shape with fewer streams, whose answers took half as long at worst. The load goes on until
+    the answers that began within what is measured have ended: only then are their tokens known. All streams begin at
+    once and have one length, so what is measured is two answers long at least."""
+    if before is None or before.e2e_p99_ms is None:
+        return Timing(seconds / 4, seconds, seconds / 4)
+    answer = 2 * before.e2e_p99_ms / 1e3
+    return Timing(max(seconds / 4, answer / 2), max(seconds, 2 * answer), max(seconds / 4, answer))
+
+
+def scenario(shape: Shape, streams: int, timing_: Timing, deadline: float) -> dict[str, Any]:
     """What one cell asks, as a scenario's document: users that ask for completions of a fixed length without a pause
     (chat's format and ignore_eos do not go together in gpt-oss)."""
     prompt: dict[str, Any] = {"tokens": shape.prompt}
     if shape.shared:
-        prompt = {"tokens": shape.prompt - shape.shared, "shared_tokens": shape.shared, "groups": shape.groups}
+        own = shape.prompt - shape.shared
+        prompt = {"kind": "shared", "prefix_tokens": shape.shared, "groups": shape.groups, "tokens": own}
     return {
-        "name": f"{seed_words}-{shape.name}",
+        "name": f"matrix-{shape.name}",
         "about": f"{streams} streams of {shape.prompt} tokens in and {shape.output} out",
         "arrivals": {"kind": "users", "users": streams},
-        "shape": {"kind": "steady", "seconds": seconds},
-        "warmup_seconds": warmup,
+        "shape": {"kind": "steady", "seconds": timing_.measured},
+        "warmup_seconds": timing_.warmup,
+        "cooldown_seconds": timing_.cooldown,
         "deadline_seconds": deadline,
         "repeats": 1,
         "tasks": [
@@ -105,8 +127,8 @@ def scenario(
                 "name": shape.name,
                 "api": "completions",
                 "prompt": prompt,
-                "output": {"tokens": shape.output},
-                "extra": {"ignore_eos": True},
+                "output": shape.output,
+                "body": {"ignore_eos": True},
             }
         ],
     }

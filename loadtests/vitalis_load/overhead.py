@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from vitalis_load.spread import Spread, spread
+from vitalis_load.estimates import Estimate, estimate
 
 Way = Literal["direct", "gateway"]
 WAYS: Final[tuple[Way, Way]] = ("direct", "gateway")
@@ -37,7 +37,7 @@ class Added(msgspec.Struct, kw_only=True):
 
     direct: float
     gateway: float
-    pairs: Spread | None
+    pairs: Estimate | None
 
     @property
     def added(self) -> float:
@@ -49,8 +49,8 @@ class Overhead(msgspec.Struct, kw_only=True):
 
     schema: str = "vitalis-load-overhead/1"
     pairs: int
-    ratio: Spread | None  # output tokens/s through the gateway over direct, within each pair
-    tokens_per_second: dict[str, Spread | None]
+    ratio: Estimate | None  # output tokens/s through the gateway over direct, within each pair
+    tokens_per_second: dict[str, Estimate | None]
     ttft_p50: Added | None
     ttft_p99: Added | None
     tpot_p50: Added | None
@@ -79,8 +79,8 @@ def overhead(rounds: Sequence[Round]) -> Overhead:
     known = bool(cpu and events)
     return Overhead(
         pairs=len(pairs),
-        ratio=spread(g.tokens_per_second / d.tokens_per_second if d.tokens_per_second else None for d, g in pairs),
-        tokens_per_second={way: spread(each.tokens_per_second for each in ways[way]) for way in WAYS},
+        ratio=estimate(g.tokens_per_second / d.tokens_per_second if d.tokens_per_second else None for d, g in pairs),
+        tokens_per_second={way: estimate(each.tokens_per_second for each in ways[way]) for way in WAYS},
         ttft_p50=_added(pairs, "ttft", 0.5),
         ttft_p99=_added(pairs, "ttft", 0.99),
         tpot_p50=_added(pairs, "tpot", 0.5),
@@ -125,7 +125,7 @@ def _added(pairs: Sequence[tuple[Round, Round]], figure: Literal["ttft", "tpot"]
     for d, g in pairs:
         one, other = percentile(_values(d, figure), share), percentile(_values(g, figure), share)
         within.append(None if one is None or other is None else (other - one) * 1e3)
-    return Added(direct=direct * 1e3, gateway=gateway * 1e3, pairs=spread(within))
+    return Added(direct=direct * 1e3, gateway=gateway * 1e3, pairs=estimate(within))
 
 
 def _idle_cores(direct: Sequence[Round]) -> float | None:

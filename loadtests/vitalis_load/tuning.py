@@ -20,6 +20,9 @@ from vitalis_load.sweeping import Bounds, best, next_step
 GAIN: Final = 0.03  # of goodput, below which a candidate is no better
 ROUNDS: Final = 2
 
+# Of which a profile names one.
+_SOURCES: Final = frozenset({"model.hub", "model.folder", "model.package", "model.build", "model.revision"})
+
 Candidate = Mapping[str, Any]  # setting ("engines.slots") to value; empty: the configuration in force
 
 
@@ -170,6 +173,8 @@ def _without_effect_removed(candidate: Candidate, current: Candidate) -> dict[st
 def profile(base: Mapping[str, Any], candidate: Candidate) -> dict[str, Any]:
     """A profile's content (maps of maps) with the candidate's settings put in."""
     made: dict[str, Any] = json.loads(json.dumps(base))
+    if any(path in _SOURCES for path in candidate):
+        made["model"] = {key: value for key, value in made.get("model", {}).items() if f"model.{key}" not in _SOURCES}
     for path, value in candidate.items():
         *parents, last = path.split(".", 2)  # an option of the engine may have a dot in its name
         inner = made

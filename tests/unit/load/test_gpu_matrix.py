@@ -1,7 +1,9 @@
 """The cells of the matrix, their order, and their table."""
 
+import pytest
 from vitalis_load import gpu_matrix
 from vitalis_load.gpu_matrix import SHAPES, STREAMS, Cell, Outcome
+from vitalis_load.scenario import Scenario
 from vitalis_load.searching import Point
 
 
@@ -49,10 +51,24 @@ def test_a_client_that_was_full_is_marked_in_the_table():
     assert "20,000 (client-bound)" in gpu_matrix.table(gpu_matrix.rows([cell], [Outcome(cell=cell, point=point)]))
 
 
-def test_lengths_of_a_shared_prefix_add_up():
-    shared = next(shape for shape in SHAPES if shape.shared)
-    prompt = gpu_matrix.scenario(shared, 8, seconds=60, warmup=10, deadline=600)["tasks"][0]["prompt"]
-    assert prompt["tokens"] + prompt["shared_tokens"] == shared.prompt
+@pytest.mark.parametrize("shape", [*SHAPES, *gpu_matrix.SMALL_SHAPES], ids=lambda shape: f"{shape.name}-{shape.prompt}")
+def test_each_cell_is_a_scenario_of_fixed_lengths(shape):
+    timing = gpu_matrix.timing(60, None)
+    made = Scenario.model_validate(gpu_matrix.scenario(shape, 8, timing, 600))
+    ask = made.plan(1, model="gpt-oss-20b").next_request(user=0, turn=0)
+    assert (ask.api, ask.document["ignore_eos"], ask.document["max_tokens"]) == ("completions", True, shape.output)
+    assert made.arrivals.users == 8
+    assert made.seconds == timing.whole
+    assert ask.prompt_tokens == pytest.approx(shape.prompt, abs=25), (
+        "what joins a shared prefix and a question is not counted"
+    )
+
+
+def test_a_cell_lasts_as_long_as_the_answers_of_the_one_before_say():
+    """4 s with 32 streams are 8 s at most with 64."""
+    assert gpu_matrix.timing(60, None) == gpu_matrix.Timing(15, 60, 15)
+    assert gpu_matrix.timing(60, Point(load=32, e2e_p99_ms=4_000)) == gpu_matrix.Timing(15, 60, 15)
+    assert gpu_matrix.timing(60, Point(load=512, e2e_p99_ms=30_000)) == gpu_matrix.Timing(30, 120, 60)
 
 
 def test_the_time_left_counts_a_start_for_each_options():
