@@ -4,8 +4,9 @@ import random
 
 import pytest
 from simulator.blocks import Blocks, Holding
-from simulator.options import Options, Speed
+from simulator.options import Options
 from simulator.schedule import Schedule, Sequence
+from simulator.speed import Speed
 
 BLOCK = 16
 OPTIONS = Options(kv_cache_tokens=40 * BLOCK, max_num_batched_tokens=4096, speed=Speed(0.01, 0, 0))

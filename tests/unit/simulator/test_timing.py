@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from simulator.answers import MEDIAN_TOKENS, P95_TOKENS, chat_layout, natural_tokens
-from simulator.options import PRESETS, Options
+from simulator.options import Options
 from simulator.schedule import Schedule, Sequence
+from simulator.speed import PRESETS
 
 from tests.support import client, simulator
 
