@@ -114,24 +114,24 @@ def _reasons(verdict: Honesty, typical: float, lag_limit: float) -> Sequence[str
     found = []
     if verdict.cpu_full_share is not None and verdict.cpu_full_share > BAD_SECONDS:
         found.append(
-            f"a process of the load generator used more than {CPU_FULL:.0%} of a core in {verdict.cpu_full_share:.0%} "
-            "of the seconds: give it more processes (--processes) or less load"
+            f"A process of the load generator used more than {CPU_FULL:.0%} of a core in {verdict.cpu_full_share:.0%} "
+            "of the seconds: give it more processes (--processes) or less load."
         )
     delay_limit = max(DELAY_SECONDS, SHARE_OF_TTFT * typical)
     if verdict.delay_p99 is not None and verdict.delay_p99 > delay_limit:
         found.append(
-            f"requests were sent late: {_ms(verdict.delay_p99)} after their schedule at p99, "
-            f"and {_ms(delay_limit)} would be borne"
+            f"Requests were sent late: {_ms(verdict.delay_p99)} after their schedule at p99, "
+            f"and {_ms(delay_limit)} would be borne."
         )
     if verdict.lag_bad_share is not None and verdict.lag_bad_share > BAD_SECONDS:
         starved = verdict.cpu_median is not None and verdict.cpu_median < CPU_FULL / 2
         found.append(
-            f"what had come waited more than {_ms(lag_limit)} to be read in {verdict.lag_bad_share:.0%} of the seconds"
-            + (": other programs held this machine's cores" if starved else "")
+            f"What had come waited more than {_ms(lag_limit)} to be read in {verdict.lag_bad_share:.0%} of the seconds"
+            + (": other programs held this machine's cores." if starved else ".")
         )
     if verdict.requested_rate and verdict.achieved_rate < ACHIEVED * verdict.requested_rate:
         found.append(
-            f"{verdict.achieved_rate:.4g} of the {verdict.requested_rate:.4g} requests/s that were due were sent in it"
+            f"{verdict.achieved_rate:.4g} of the {verdict.requested_rate:.4g} requests/s that were due were sent in it."
         )
     return found
 
@@ -150,7 +150,7 @@ def _notes(verdict: Honesty, summary: Summary, repeat: RepeatData) -> Sequence[s
     if not verdict.requests:
         found.append("No request was due in the measured window.")
     if summary.unfinished:
-        found.append(f"{summary.unfinished:,} requests were still going when it ended: neither good nor failed.")
+        found.append(f"Still going when it ended, and neither good nor failed: {summary.unfinished:,} requests.")
     if summary.uncounted:
         found.append(
             f"{summary.uncounted:,} answers told no usage: their tokens are in none of the figures, "
@@ -158,7 +158,7 @@ def _notes(verdict: Honesty, summary: Summary, repeat: RepeatData) -> Sequence[s
         )
     found.extend(_drift(summary))
     if repeat.unread:
-        found.append(f"{repeat.unread:,} lines of the run's files were torn and are left out.")
+        found.append(f"Torn lines of the run's files that are left out: {repeat.unread:,}.")
     if repeat.end is not None and repeat.end.lost_processes:
         lost = ", ".join(map(str, repeat.end.lost_processes))
         found.append(f"Processes of the load generator that were lost on the way: {lost}.")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-
 from vitalis_load.histograms import Histogram
 from vitalis_load.records import (
     ClientSecond,

@@ -1,16 +1,32 @@
-"""The pages: a run, a sweep, a comparison."""
+"""The pages: a run, a sweep, a comparison. Each is one file that needs nothing else."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitalis_load.result import Result, Sweep
+import msgspec
+
+from vitalis_load.report import run_page, shell, sweep_page
+from vitalis_load.result import Result, Sweep, whole
 
 
 def write(result: Result, path: Path) -> None:
     """report.html of a run. Raises LoadFailure where it cannot be written."""
-    raise NotImplementedError
+    whole(path, run(result))
 
 
-def write_sweep(sweeps: Sequence[Sweep], path: Path, *, title: str = "", evidence: str = "") -> None:
-    """One page with a curve per sweep; `title` and `evidence` (paragraphs of plain text) stand above them."""
-    raise NotImplementedError
+def run(result: Result) -> bytes:
+    """A run's page."""
+    name = result.run.scenario.get("name", "a run")
+    return shell.document(f"{name} · {result.run.id}", run_page.body(result), data=msgspec.json.encode(result))
+
+
+def write_sweep(sweeps: Sequence[Sweep], path: Path, *, title: str = "", evidence: Sequence[str] = ()) -> None:
+    """One page with a curve per sweep; `title` and `evidence` (paragraphs of plain text) stand above them. Raises
+    LoadFailure where it cannot be written."""
+    whole(path, sweep(sweeps, title=title, evidence=evidence))
+
+
+def sweep(sweeps: Sequence[Sweep], *, title: str = "", evidence: Sequence[str] = ()) -> bytes:
+    """The page of one or several sweeps."""
+    name = title or f"Sweep of {sweeps[0].run.scenario.get('name', 'a scenario')}"
+    return shell.document(name, sweep_page.body(sweeps, name, evidence), data=msgspec.json.encode(list(sweeps)))
