@@ -1,10 +1,11 @@
 # Thin on purpose: every target is the command itself. `make` alone prints this help.
 PYTHON ?= python3
 CONFIG ?= config/gpt-oss.yaml
+SCENARIO ?= short-chat
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor test test-fast test-vllm soak bench lint format types lock clean environments
+.PHONY: help serve doctor test test-fast test-vllm soak bench sweep tune overhead bench-gpu lint format types lock clean environments
 
 # Makes the environment on first use (shared by all checkouts, see deploy/environments.py) and .venv/bin for this checkout.
 DEV = $(PYTHON) deploy/environments.py dev --commands .venv/dev >/dev/null
@@ -51,6 +52,20 @@ bench:  ## the gateway's cost per request and event, measured on this machine
 	if command -v redis-server > /dev/null; then $(IN)/python tests/bench/redis_limits.py; \
 	else echo "limits in Redis: not measured, redis-server is not installed"; fi; \
 	exec $(IN)/python tests/bench/overhead.py $(ARGS)
+
+sweep:  ## raise the load on a running server until an SLO is missed (SCENARIO=short-chat ARGS="--scale small")
+	@$(LOAD); exec .venv/load/bin/vitalis-load sweep $(SCENARIO) $(ARGS)
+
+tune:  ## engine options with the best goodput, as a profile (SCENARIO=, ARGS=)
+	@$(GATEWAY); $(LOAD); engine=$$($(PYTHON) deploy/environments.py engine); VITALIS_ENGINE_PYTHON="$$engine" \
+	exec .venv/load/bin/vitalis-load tune $(SCENARIO) --config $(CONFIG) $(ARGS)
+
+overhead:  ## a running server's engine, directly and through the gateway; ARGS=--simulator needs none
+	@$(GATEWAY); $(LOAD); exec .venv/load/bin/vitalis-load overhead --config $(CONFIG) $(ARGS)
+
+bench-gpu:  ## the whole matrix on one card, unattended; ARGS=--rehearse in small without one
+	@$(GATEWAY); $(LOAD); engine=$$($(PYTHON) deploy/environments.py engine); VITALIS_ENGINE_PYTHON="$$engine" \
+	exec .venv/load/bin/vitalis-load bench-gpu --config $(CONFIG) $(ARGS)
 
 lint:  ## ruff: rules and format
 	@$(DEV); $(IN)/ruff check .; exec $(IN)/ruff format --check .
