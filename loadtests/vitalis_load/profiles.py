@@ -11,8 +11,8 @@ import yaml
 
 from vitalis_load import tuning
 from vitalis_load.errors import LoadFailure
+from vitalis_load.program import InForce, Program
 from vitalis_load.result import whole
-from vitalis_load.serving import InForce, Program
 from vitalis_load.tuning import Candidate, Dimension, Space
 
 FOLDER: Final = Path(__file__).resolve().parents[1] / "spaces"

@@ -3,107 +3,30 @@ until its engines are ready, stopped. It is started as a person would, by its co
 
 import contextlib
 import json
-import os
-import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import psutil
 
 from vitalis_load import discovery
-from vitalis_load.errors import Exit, LoadFailure
+from vitalis_load.errors import LoadFailure
+from vitalis_load.program import Program, surroundings
 from vitalis_load.target import Target
 
-REPOSITORY: Final = Path(__file__).resolve().parents[2]
 PROGRESS_SECONDS: Final = 10
 STOP_SECONDS: Final = 90
-ASK_SECONDS: Final = 60
-# Below these everything is ours to set where configurations are compared.
-SEARCHED: Final = ("VITALIS_PROFILE", "VITALIS_ENGINES_", "VITALIS_GATEWAY_QUEUE_")
 
 Progress = Callable[[str], None]
 
 
 class StartFailed(Exception):
     """It did not become ready; one sentence why."""
-
-
-class InForce(msgspec.Struct, frozen=True):
-    """What `check-config` says."""
-
-    profile: str
-    files: list[str]  # the configuration, then the profile where there is one
-    settings: dict[str, Any]
-
-    @property
-    def replicas(self) -> int:
-        return int(self.settings["engines"]["replicas"])
-
-    def value(self, path: str) -> Any:
-        """Of "engines.slots" or "engines.engine_args.max-num-seqs"; None where nothing says."""
-        found: Any = self.settings
-        for name in path.split(".", 2):
-            found = found.get(name) if isinstance(found, dict) else None
-        return found
-
-
-class Program(msgspec.Struct, frozen=True):
-    """vitalis-serve as it is called here. `config`: "" for its own default."""
-
-    command: tuple[str, ...]
-    config: str = ""
-
-    @classmethod
-    def of(cls, command: str, config: Path | None) -> "Program":
-        """`command` in a shell's words; "" for this checkout's, else the one on PATH. Raises LoadFailure."""
-        words = tuple(shlex.split(command))
-        if not words:
-            own = REPOSITORY / ".venv" / "bin" / "vitalis-serve"
-            found = str(own) if own.exists() else shutil.which("vitalis-serve")
-            if found is None:
-                raise LoadFailure(
-                    f"there is no vitalis-serve to start ({own} is not there, nor one on PATH): run `make serve` once,"
-                    " or give --serve"
-                )
-            words = (found,)
-        elif shutil.which(words[0]) is None:
-            raise LoadFailure(f"--serve: {words[0]} cannot be run: give vitalis-serve's path")
-        if config is not None and not config.is_file():
-            raise LoadFailure(f"--config: there is no file {config}")
-        return cls(words, str(config.absolute()) if config else "")
-
-    def argv(self, *words: str) -> list[str]:
-        return [*self.command, *words, *(["--config", self.config] if self.config else [])]
-
-    def in_force(self, environ: Mapping[str, str]) -> InForce:
-        """Raises LoadFailure with the program's own words."""
-        document = self._json(environ, "check-config", "--json")
-        return InForce(document["profile"]["name"], document["files"], document["settings"])
-
-    def status(self, environ: Mapping[str, str]) -> dict[str, Any]:
-        return self._json(environ, "fleet", "status", "--json")
-
-    def _json(self, environ: Mapping[str, str], *words: str) -> dict[str, Any]:
-        argv = self.argv(*words)
-        try:
-            done = subprocess.run(
-                argv, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                timeout=ASK_SECONDS, check=False,
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise LoadFailure(f"{shlex.join(argv)} did not answer ({error})") from None
-        try:
-            return dict(json.loads(done.stdout))
-        except ValueError:
-            said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            raise LoadFailure(f"{shlex.join(argv)}: {said}") from None
 
 
 class Serving:
@@ -115,7 +38,7 @@ class Serving:
         self._scratch = tempfile.TemporaryDirectory(prefix="vitalis-load-")
         self.data = Path(self._scratch.name) / "var"
         self.environ = {
-            **self.surroundings(),
+            **surroundings(),
             "VITALIS_DATA_FOLDER": str(self.data),
             "VITALIS_GATEWAY_HOST": "127.0.0.1",
             "VITALIS_GATEWAY_PORT": "0",
@@ -125,11 +48,6 @@ class Serving:
             **variables,
         }
         self._process: subprocess.Popen[bytes] | None = None
-
-    @staticmethod
-    def surroundings() -> dict[str, str]:
-        """This process's variables, without the key of another tree."""
-        return {name: value for name, value in os.environ.items() if name != "VITALIS_KEY"}
 
     def __enter__(self) -> "Serving":
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -220,40 +138,6 @@ class Serving:
         for path in (self.data / "log").glob("engine-*.log"):
             with contextlib.suppress(OSError):
                 shutil.copy(path, self._log.parent / path.name)
-
-
-def gateway_processes(status: Mapping[str, Any]) -> list[psutil.Process]:
-    """Supervisor, workers and control with what they started, without the engines: what stands between clients and
-    engines. Raises LoadFailure where they are not this machine's."""
-    children = [child["pid"] for child in status["children"] if child["kind"] != "engine" and child["pid"]]
-    try:
-        found = [psutil.Process(pid) for pid in [status["pid"], *children]]
-        return found + [below for process in found[1:] for below in process.children(recursive=True)]
-    except psutil.Error as error:
-        raise LoadFailure(f"the gateway's processes cannot be looked at ({error})", Exit.NO_TARGET) from None
-
-
-def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
-    """What they took until now. Raises LoadFailure where one has ended: a difference would mean nothing."""
-    try:
-        return float(sum(sum(process.cpu_times()[:2]) for process in processes))
-    except psutil.Error as error:
-        raise LoadFailure(f"a process of the gateway ended while it was measured ({error})", Exit.NO_TARGET) from None
-
-
-def third_of_cores() -> int:
-    """What of a machine the load generator may take beside engine and gateway."""
-    return max(1, len(os.sched_getaffinity(0)) // 3)
-
-
-def refuse_variables(environ: Mapping[str, str]) -> None:
-    """Variables win over profiles: with one of these every candidate would be the same."""
-    found = [name for name in environ if name.startswith(SEARCHED) and environ[name]]
-    if found:
-        raise LoadFailure(
-            f"{', '.join(sorted(found))} is set and would win over every configuration that is tried: put it into a"
-            " profile or the configuration file, and unset it"
-        )
 
 
 def _reason(line: str) -> str:

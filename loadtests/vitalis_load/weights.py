@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vitalis_load.errors import Exit, LoadFailure
-from vitalis_load.serving import ASK_SECONDS, Program
+from vitalis_load.program import ASK_SECONDS, Program
 
 CONFIG: Final = Path(__file__).resolve().parents[1] / "matrix" / "gpt-oss-20b-config.json"
 # What stands for the weights: vitalis-serve wants to see a file, and nobody reads it.

@@ -8,15 +8,17 @@ import msgspec
 import typer
 import yaml
 
-from vitalis_load import gpu_matrix, gpus, loads, profiles, serving, weights
+from vitalis_load import gpu_matrix, gpus, loads, profiles, weights
 from vitalis_load.commands import given
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.gpu_matrix import Cell, Outcome, Shape
 from vitalis_load.overhead import WAYS
+from vitalis_load.processes import third_of_cores
+from vitalis_load.program import InForce, Program, refuse_variables, surroundings
 from vitalis_load.result import Sweep, whole
 from vitalis_load.scenario import Scenario
 from vitalis_load.searching import Journal, Point, Step
-from vitalis_load.serving import InForce, Program, Serving, StartFailed
+from vitalis_load.serving import Serving, StartFailed
 from vitalis_load.sweeping import Bounds
 from vitalis_load.target import Target
 
@@ -50,8 +52,8 @@ def bench_gpu(
         [way for way in WAYS if way in _among("--ways", ways, WAYS)],
     )  # fmt: skip
     program = Program.of(serve, config)
-    environ = Serving.surroundings()
-    serving.refuse_variables(environ)
+    environ = surroundings()
+    refuse_variables(environ)
     in_force = program.in_force(environ)
     if not rehearse and gpus.count(in_force.value("engines.gpus")) == 0:
         raise LoadFailure("no NVIDIA GPU is found: --rehearse does every step in small without one", Exit.NO_TARGET)
@@ -63,7 +65,7 @@ def bench_gpu(
     )
     matrix = _Matrix(
         cells=cells, shapes=chosen, seconds=at_least, deadline=deadline, program=program, in_force=in_force,
-        tuned=_tuned(tuned, rehearse), start_seconds=start_seconds, processes=processes or serving.third_of_cores(),
+        tuned=_tuned(tuned, rehearse), start_seconds=start_seconds, processes=processes or third_of_cores(),
         where=where, journal=journal,
     )  # fmt: skip
     try:
@@ -96,7 +98,7 @@ class _Matrix:
         """Decides once whose weights these figures are of, and makes the folder where they are of none."""
         if asked not in ("real", "dummy", "auto"):
             raise LoadFailure(f"--weights {asked}: must be real, dummy or auto")
-        environ = Serving.surroundings()
+        environ = surroundings()
         if not self._note:
             note = "real weights"
             if asked == "auto":

@@ -11,15 +11,17 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from vitalis_load import metrics, reading, result, runs, serving
+from vitalis_load import metrics, reading, result, runs
 from vitalis_load import overhead as compared
 from vitalis_load.commands import given
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.overhead import Added, Overhead, Round, Way
+from vitalis_load.processes import cpu_seconds, gateway_processes
+from vitalis_load.program import Program, surroundings
 from vitalis_load.result import Sweep, whole
 from vitalis_load.scenario import Scenario
 from vitalis_load.searching import Journal
-from vitalis_load.serving import Program, Serving, StartFailed
+from vitalis_load.serving import Serving, StartFailed
 from vitalis_load.target import Target
 
 SIMULATOR = ("--preset", "sim-20b", "--max-num-seqs", "4096", "--port", "0")
@@ -126,7 +128,7 @@ def _sides(folder: Path, simulator: bool, options: str, program: Program, where:
     """Of a running server, or of one that is started before a simulated engine. Raises LoadFailure."""
     if not simulator:
         running = given.target("", None, "", folder, "")
-        status = program.status({**Serving.surroundings(), "VITALIS_DATA_FOLDER": str(folder.absolute())})
+        status = program.status({**surroundings(), "VITALIS_DATA_FOLDER": str(folder.absolute())})
         yield _both(running, status)
         return
     with _simulated(options.split(), where / "simulator.log") as address:
@@ -150,7 +152,7 @@ def _both(gateway: Target, status: dict[str, Any]) -> Sides:
         )
     address = str(replicas[0]["address"])
     direct = Target(url=address, model=replicas[0]["models"][0], engines=gateway.engines, gateway=False)
-    return Sides(direct, gateway, serving.gateway_processes(status))
+    return Sides(direct, gateway, gateway_processes(status))
 
 
 @contextlib.contextmanager
@@ -179,12 +181,12 @@ def _round(
     sides: Sides, asked: Scenario, pair: int, way: Way, where: Path, *, processes: int, scale: str, seed: int
 ) -> Round:
     target = sides.direct if way == "direct" else sides.gateway
-    before, began = serving.cpu_seconds(sides.processes), time.monotonic()
+    before, began = cpu_seconds(sides.processes), time.monotonic()
     folder = runs.run(
         target, asked, out=where / "runs", repeats=1, processes=processes, scale=scale, seed=seed + pair,
         progress=given.say, warm=pair == 0, note=f"{way}, pair {pair + 1}",
     )  # fmt: skip
-    cpu, lasted = serving.cpu_seconds(sides.processes) - before, time.monotonic() - began
+    cpu, lasted = cpu_seconds(sides.processes) - before, time.monotonic() - began
     [repeat] = result.load(folder).repeats
     [data] = reading.read(folder).repeats
     inside = [record for record in data.records if repeat.window.holds(record.scheduled)]

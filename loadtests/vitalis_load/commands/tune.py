@@ -8,14 +8,15 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from vitalis_load import loads, profiles, serving, sweeping, tuning
+from vitalis_load import loads, profiles, sweeping, tuning
 from vitalis_load.commands import given
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.gpus import count as gpu_count
+from vitalis_load.program import InForce, Program, refuse_variables, surroundings
 from vitalis_load.result import Sweep, whole
 from vitalis_load.scenario import Scenario
 from vitalis_load.searching import Journal, Point, Step
-from vitalis_load.serving import InForce, Program, Serving, StartFailed
+from vitalis_load.serving import Serving, StartFailed
 from vitalis_load.sweeping import Bounds
 from vitalis_load.target import Target
 from vitalis_load.tuning import Space, Trial
@@ -51,8 +52,8 @@ def tune(
     begin = first or max(loads.usual(asked) / 4, 1.0 if unit == "users" else 0.0)
     bounds = Bounds(unit=unit, first=begin, most=max(most, begin), precision=precision, points=points, confirm=repeats)
     program = Program.of(serve, config)
-    environ = Serving.surroundings()
-    serving.refuse_variables(environ)
+    environ = surroundings()
+    refuse_variables(environ)
     in_force = program.in_force(environ)
     device = str(in_force.value("engines.device"))
     gpus = gpu_count(in_force.value("engines.gpus"))
@@ -132,7 +133,7 @@ class _Search:
         if winner is None or self.winner_point() is None:
             return
         path = self._shelf.add(name, winner.candidate, f"{evidence}\nEvidence: {self._where.name}")
-        self._program.in_force({**Serving.surroundings(), "VITALIS_PROFILE": name})  # it can be loaded
+        self._program.in_force({**surroundings(), "VITALIS_PROFILE": name})  # it can be loaded
         given.say(
             f"profile: {path}\nto use it: copy it to the folder profiles/ beside your configuration, and set profile:"
             f" {name} (or VITALIS_PROFILE={name})"
