@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Z95 = 1.6449  # the normal distribution's 95th percentile
+MOST = 10_000_000  # tokens or seconds; a tail is cut there
 _MANY = 4000  # draws that `mean` takes where a limit cuts the log-normal
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -22,10 +23,10 @@ class Length(BaseModel):
 
     model_config = STRICT
 
-    median: Annotated[float, Field(gt=0)] | None = None
-    p95: Annotated[float, Field(gt=0)] | None = None
-    min: Annotated[float, Field(ge=0)] | None = None
-    max: Annotated[float, Field(ge=0)] | None = None
+    median: Annotated[float, Field(gt=0, le=MOST)] | None = None
+    p95: Annotated[float, Field(gt=0, le=MOST)] | None = None
+    min: Annotated[float, Field(ge=0, le=MOST)] | None = None
+    max: Annotated[float, Field(ge=0, le=MOST)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -56,8 +57,7 @@ class Length(BaseModel):
             low, high = self.min or 0, self.max or 0
             return low if low == high else dice.uniform(low, high)
         value = self.median * exp(log(self.p95 / self.median) / Z95 * dice.gauss(0, 1))
-        if self.max is not None:
-            value = min(value, self.max)
+        value = min(value, MOST if self.max is None else self.max)
         return value if self.min is None else max(value, self.min)
 
     def whole(self, dice: random.Random) -> int:

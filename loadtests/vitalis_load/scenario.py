@@ -45,13 +45,13 @@ class Scenario(BaseModel):
 
     name: Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_.-]+$")]
     about: str = ""
-    capacity: Annotated[float, Field(gt=0)] | None = None
+    capacity: Annotated[float, Field(gt=0, le=1e6)] | None = None
     arrivals: Arrivals | None = None
     shape: Shape = Steady()
-    warmup_seconds: Annotated[float, Field(ge=0)] = 10.0
-    cooldown_seconds: Annotated[float, Field(ge=0)] = 5.0
+    warmup_seconds: Annotated[float, Field(ge=0, le=86400)] = 10.0
+    cooldown_seconds: Annotated[float, Field(ge=0, le=86400)] = 5.0
     repeats: Annotated[int, Field(ge=1, le=100)] = 3
-    deadline_seconds: Annotated[float, Field(gt=0)] = 120.0
+    deadline_seconds: Annotated[float, Field(gt=0, le=86400)] = 120.0
     slo: Limits = {}
     credentials: dict[str, Credential] = {}
     tasks: Annotated[list[Task], Field(min_length=1)]
@@ -240,7 +240,12 @@ def load(path_or_name: str | Path, *, scale: str = "full", overrides: Mapping[st
     tree = layers.laid_over(written, small) if scale == "small" else written
     if overrides:
         tree = layers.laid_over(tree, layers.from_options(overrides))
-    values = layers.plain(tree)
+    try:
+        values = layers.plain(tree)
+    except RecursionError:
+        raise LoadFailure(
+            f"{path}: holds itself, or is nested too deep; an anchor (&) must not be within itself"
+        ) from None
     _find_files(values, path.parent)
     try:
         scenario = Scenario.model_validate(values)

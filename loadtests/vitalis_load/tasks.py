@@ -2,12 +2,12 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from vitalis_load.arrivals import Constant, Poisson, Trace
 from vitalis_load.complaints import check_slo
 from vitalis_load.layers import SPREAD
-from vitalis_load.lengths import STRICT, Length
+from vitalis_load.lengths import MOST, STRICT, Length
 from vitalis_load.prompts import File, Prompt
 from vitalis_load.shapes import Shape
 
@@ -32,7 +32,7 @@ class Output(BaseModel):
     model_config = STRICT
 
     tokens: Length | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST)] | None = None
     exact: bool = True
 
     @model_validator(mode="before")
@@ -55,7 +55,7 @@ class Task(BaseModel):
     model_config = ConfigDict(**STRICT, serialize_by_alias=True)
 
     name: Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9_.-]+$")]
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     api: Literal["chat", "completions", "responses", "messages"] = "chat"
     stream: bool = True
     tenant: str = ""
@@ -67,7 +67,7 @@ class Task(BaseModel):
     follow_up_tokens: Length | None = None
     think_seconds: Length | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    body: dict[str, Any] = {}
+    body: dict[str, JsonValue] = {}
     slo: Limits = {}
     arrivals: Annotated[Constant | Poisson | Trace, Field(discriminator="kind")] | None = None
     shape: Shape | None = None

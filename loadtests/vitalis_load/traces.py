@@ -2,9 +2,11 @@
 
 A line is {"timestamp": 12.5, "prompt_tokens": 400, "output_tokens": 150} and, if wanted, "task" (a task's name).
 `at` is another word for `timestamp`, `input_length` and `input_tokens` for `prompt_tokens`, `output_length` for
-`output_tokens`. Times count from the earliest; lines need not be in order. Other fields are passed over.
+`output_tokens`. Times are numbers, or dates as 2026-11-22T10:00:00.5Z; they count from the earliest. Lines need
+not be in order, other fields are passed over.
 """
 
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,8 +26,8 @@ class Asked(NamedTuple):
 
 
 class _Line(msgspec.Struct):
-    timestamp: float | None = None
-    at: float | None = None
+    timestamp: float | str | None = None
+    at: float | str | None = None
     prompt_tokens: int | None = None
     input_length: int | None = None
     input_tokens: int | None = None
@@ -34,8 +36,15 @@ class _Line(msgspec.Struct):
     task: str = ""
 
     @property
-    def time(self) -> float | None:
+    def time(self) -> float | str | None:
         return self.at if self.timestamp is None else self.timestamp
+
+    def seconds(self, scale: float) -> float:
+        """Numbers by the trace's unit; a date without a zone is UTC. Raises ValueError for what is no date."""
+        if not isinstance(self.time, str):
+            return (self.time or 0.0) * scale
+        date = datetime.fromisoformat(self.time)
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
     @property
     def asked(self) -> int | None:
@@ -49,6 +58,10 @@ class _Line(msgspec.Struct):
 def _wrong(line: _Line) -> str:
     if line.time is None:
         return 'has no "timestamp"'
+    try:
+        line.seconds(1)
+    except ValueError:
+        return f'"timestamp" must be a number or a date as 2026-11-22T10:00:00Z, not {line.time!r}'
     if line.asked is None or line.answered is None:
         return 'has no "prompt_tokens"' if line.asked is None else 'has no "output_tokens"'
     if line.asked < 1 or line.answered < 0:
@@ -65,6 +78,6 @@ def read(path: str, unit: str = "seconds", tasks: tuple[str, ...] = ()) -> tuple
     if strange is not None:
         number, name = strange
         raise LoadFailure(f"{path}: line {number}: the scenario has no task {name!r}; it has {', '.join(tasks)}")
-    rows = sorted((line.time * scale, line.asked, max(1, line.answered), line.task) for _, line in lines)
+    rows = sorted((line.seconds(scale), line.asked, max(1, line.answered), line.task) for _, line in lines)
     first = rows[0][0]
     return tuple(Asked(at - first, prompt, output, task) for at, prompt, output, task in rows)

@@ -199,6 +199,14 @@ def test_a_trace_in_milliseconds_names_its_tasks_and_ends_with_the_scenario(tmp_
     assert "".join(one.task.name for one in arrivals) == "ba" * 10
 
 
+def test_a_trace_may_have_dates(tmp_path: Path) -> None:
+    dates = ("2026-11-22T10:00:00.500Z", "2026-11-22T11:00:03+01:00", "2026-11-22 10:00:01")
+    lines = [{"timestamp": date, "prompt_tokens": 5, "output_tokens": 5} for date in dates]
+    path = written(tmp_path / "t.jsonl", *lines)
+    scenario = made(arrivals={"kind": "trace", "path": path, "unit": "milliseconds"})
+    assert times(scenario) == pytest.approx([0, 0.5, 2.5])
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -207,7 +215,7 @@ def test_a_trace_in_milliseconds_names_its_tasks_and_ends_with_the_scenario(tmp_
         ({"at": 1, "output_tokens": 1}, 'line 2: has no "prompt_tokens"'),
         ({"at": 1, "prompt_tokens": 1}, 'line 2: has no "output_tokens"'),
         ({"at": 1, "prompt_tokens": -1, "output_tokens": 1}, "line 2: lengths must be above 0"),
-        ({"at": "noon", "prompt_tokens": 1, "output_tokens": 1}, "line 2: Expected `float | null`, got `str`"),
+        ({"at": "noon", "prompt_tokens": 1, "output_tokens": 1}, 'line 2: "timestamp" must be a number or a date'),
         ({"at": 1, "prompt_tokens": 1, "output_tokens": 1, "task": "chta"}, "line 2: the scenario has no task 'chta'"),
         ('{"at": NaN, "prompt_tokens": 1, "output_tokens": 1}\n', "line 2: is not JSON"),
     ],

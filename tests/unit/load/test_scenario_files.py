@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from vitalis_load.errors import LoadFailure
 from vitalis_load.metrics import Slo
 from vitalis_load.scenario import FOLDER, Scenario, load, names
@@ -248,6 +252,40 @@ def test_what_is_not_there_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"name: \xff\xfe\n")
     with pytest.raises(LoadFailure, match="is not text in UTF-8"):
         load(tmp_path / "b.yaml")
+
+
+JUNK = [
+    None, True, -1, 0, 1e300, float("nan"), "", "x", "7x", "-1x", "9%", [], [1], {}, {"kind": "x"}, {"kind": []},
+    {"median": 5}, {"min": 3, "max": 1}, {"*": 1}, {"name": {}}, "2026-11-22",
+]  # fmt: skip
+
+
+def _spots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from _spots(item, (*path, key))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_junk_anywhere_is_a_sentence_or_a_scenario(tmp_path: Path, data: st.DataObject) -> None:
+    tree = yaml.safe_load(GOOD)
+    spot = data.draw(st.sampled_from(list(_spots(tree))))
+    inner = tree
+    for key in spot[:-1]:
+        inner = inner[key]
+    inner[spot[-1]] = data.draw(st.sampled_from(JUNK))
+    path = file(tmp_path, yaml.safe_dump(tree))
+    failure = ""
+    try:
+        found = load(path, scale=data.draw(st.sampled_from(["full", "small"])))
+    except LoadFailure as why:
+        failure = why.message
+    assert "mine.yaml" in failure if failure else Scenario.of(found.resolved()) == found
+
+
+def test_a_scenario_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    assert "mine.yaml: holds itself" in complaint(tmp_path, "name: a\ntasks: &a [*a]\n")
 
 
 # the command
