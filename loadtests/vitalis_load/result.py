@@ -132,6 +132,11 @@ def load_sweep(path: Path) -> Sweep:
     return _decoded(path / "sweep.json" if path.is_dir() else path, Sweep, "vitalis-load-sweep/1")
 
 
+def schema() -> str:
+    """The JSON schema of result.json, from the types it is made of."""
+    return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Result)), indent=2).decode() + "\n"
+
+
 def point(load: float, result: Result, *, note: str = "", run: str = "") -> SweepPoint:
     """A run as one point of a curve."""
     return SweepPoint(

@@ -43,27 +43,17 @@ def histogram(title: str, whole: Distribution, limit: float | None) -> str:
         drawing.line(x, drawing.y0, x, drawing.y1 - 18, "limit")
         drawing.text(x - 3 if x > 200 else x + 3, drawing.y1 + 4, "SLO", "limit", "end" if x > 200 else "start")
     elif limit is not None and limit > across.high:
-        drawing.text(drawing.x1, drawing.y1 + 4, f"SLO {numbers.seconds(limit)} →", "limit", "end")
+        drawing.text(drawing.x1, drawing.y1 + 4, f"SLO {numbers.tick(limit, 's')} →", "limit", "end")
     return str(drawing)
 
 
 def tail(title: str, whole: Distribution, repeats: Sequence[Distribution], limit: float | None) -> str:
     """Percentiles, stretched so that each nine takes as much room; faint lines are the single repeats."""
     drawing = Drawing(150, f"{title} by percentile")
-    last = 1 - 1 / max(whole.count, 2)
-    most = max(nine for nine, _ in NINES if nine <= last or nine <= 0.9)
-    across = Axis(0, stretched(most) * 1.04, drawing.x0, drawing.x1)
-    places = [place for place, share in enumerate(SHARES) if share <= most]
-    seen = [each.values[place] for each in (whole, *repeats) for place in places]
-    up = around(reaching(seen, limit), drawing.y0, drawing.y1)
-    drawing.levels(up, "s")
-    for share, name in NINES:
-        if share <= most:
-            x = across.place(stretched(share))
-            drawing.line(x, drawing.y0, x, drawing.y1, "grid")
-            drawing.text(x, drawing.y0 + 14, name if share else "min", anchor="middle")
+    most = _reach(whole.count)
+    across, up, places = _frame(drawing, (whole, *repeats), most, limit)
     if limit is not None:
-        drawing.limit(up, limit, f"SLO {numbers.seconds(limit)}")
+        drawing.limit(up, limit, f"SLO {numbers.tick(limit, 's')}")
     for each in repeats if len(repeats) > 1 else ():
         drawing.path(_percentiles(each, places, across, up), "line faint")
     drawing.path(_percentiles(whole, places, across, up), "line t1")
@@ -73,6 +63,38 @@ def tail(title: str, whole: Distribution, repeats: Sequence[Distribution], limit
             about = f"{name}: {numbers.seconds(value)}"
             drawing.dot(across.place(stretched(share)), up.place(value), 3, "dot t1", about)
     return str(drawing)
+
+
+def tails(title: str, wholes: Sequence[Distribution]) -> str:
+    """The percentiles of several runs, as `tail` draws those of one."""
+    drawing = Drawing(180, f"{title} by percentile")
+    most = _reach(min(whole.count for whole in wholes))
+    across, up, places = _frame(drawing, wholes, most, None)
+    for tone, whole in enumerate(wholes, 1):
+        drawing.path(_percentiles(whole, places, across, up), f"line t{tone}")
+    return str(drawing)
+
+
+def _reach(count: int) -> float:
+    """The highest percentile that so many values can tell."""
+    return max(nine for nine, _ in NINES if nine <= 1 - 1 / max(count, 2) or nine <= 0.9)
+
+
+def _frame(
+    drawing: Drawing, wholes: Sequence[Distribution], most: float, limit: float | None
+) -> tuple[Axis, Axis, list[int]]:
+    """Draws the axes of a tail up to the percentile `most`; and which of SHARES are within."""
+    across = Axis(0, stretched(most) * 1.04, drawing.x0, drawing.x1)
+    places = [place for place, share in enumerate(SHARES) if share <= most]
+    seen = [each.values[place] for each in wholes for place in places]
+    up = around(reaching(seen, limit), drawing.y0, drawing.y1)
+    drawing.levels(up, "s")
+    for share, name in NINES:
+        if share <= most:
+            x = across.place(stretched(share))
+            drawing.line(x, drawing.y0, x, drawing.y1, "grid")
+            drawing.text(x, drawing.y0 + 14, name if share else "min", anchor="middle")
+    return across, up, places
 
 
 def _percentiles(each: Distribution, places: Sequence[int], across: Axis, up: Axis) -> list[tuple[float, float]]:
@@ -122,7 +144,7 @@ class Curve(msgspec.Struct, kw_only=True):
 
 def against(
     title: str, curves: Sequence[Curve], *, across: str, up: str, up_unit: str = "s", limit: float | None = None,
-    log: bool = True, width: float = 520,
+    log: bool = True, width: float = 440,
 ) -> str:  # fmt: skip
     """One figure against another; `across` and `up` name them."""
     spots = [spot for curve in curves for spot in curve.spots]
@@ -140,7 +162,7 @@ def against(
     drawing.text(drawing.x1, drawing.height - 4, f"{across} →", "name", "end")
     drawing.text(2, 12, f"↑ {up}", "name")
     if limit is not None:
-        drawing.limit(standing, limit, f"SLO {numbers.of(limit, up_unit)}")
+        drawing.limit(standing, limit, f"SLO {numbers.tick(limit, up_unit)}")
     for curve in curves:
         if curve.joined:
             points = [(lying.place(spot.x[1]), standing.place(spot.y[1])) for spot in curve.spots]

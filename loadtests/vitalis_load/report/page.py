@@ -5,7 +5,8 @@ from pathlib import Path
 
 import msgspec
 
-from vitalis_load.report import run_page, shell, sweep_page
+from vitalis_load.comparison import Comparison
+from vitalis_load.report import comparison_page, run_page, shell, sweep_page
 from vitalis_load.result import Result, Sweep, whole
 
 
@@ -30,3 +31,14 @@ def sweep(sweeps: Sequence[Sweep], *, title: str = "", evidence: Sequence[str] =
     """The page of one or several sweeps."""
     name = title or f"Sweep of {sweeps[0].run.scenario.get('name', 'a scenario')}"
     return shell.document(name, sweep_page.body(sweeps, name, evidence), data=msgspec.json.encode(list(sweeps)))
+
+
+def write_comparison(a: Result, b: Result, found: Comparison, path: Path) -> None:
+    """The page of two runs. Raises LoadFailure where it cannot be written."""
+    whole(path, comparison(a, b, found))
+
+
+def comparison(a: Result, b: Result, found: Comparison) -> bytes:
+    """The page of `b` against `a`."""
+    title = f"{found.a} against {found.b}"
+    return shell.document(title, comparison_page.body(a, b, found), data=msgspec.json.encode(found))

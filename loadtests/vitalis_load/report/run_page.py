@@ -49,7 +49,7 @@ def body(result: Result) -> Iterator[str]:
             "All repeats together; the faint lines are the single repeats. Both show the same: how often each duration "
             "came, and by which percentile; each further nine takes as much room as the one before.",
         ),
-        shell.section("timelines", "Timelines", timelines(result), "Shaded: warm-up and cool-down, of which no figure is."),
+        shell.section("timelines", "Timelines", timelines(result), "Shaded: warm-up and cool-down; not counted."),
         shell.section("failures", "Failures", failures(result), "They stay in the denominator of every share."),
         shell.section("parts", "Tenants, tasks and classes", parts(result)),
         shell.section("lengths", "Tokens", lengths(result), "As the server counted them in its usage, never chunks."),

@@ -29,7 +29,8 @@ def body(sweeps: Sequence[Sweep], title: str, evidence: Sequence[str]) -> Iterat
     yield from _banners(sweeps)
     yield shell.section(
         "curves", "Throughput against latency", _curves(sweeps),
-        "Each point is a load, with the span of its repeats. Hollow ones miss the SLO; the ringed one has the best goodput.",
+        "Each point is a load, with the span of its repeats. Hollow ones miss the SLO; the ringed one has the best "
+        "goodput.",
     )  # fmt: skip
     yield shell.section("points", "Points", "".join(_points(sweep, len(sweeps) > 1) for sweep in sweeps))
     yield shell.section(
@@ -116,9 +117,11 @@ def _three(over: Estimate) -> tuple[float, float, float]:
 
 def _about(point: SweepPoint, sweep: Sweep) -> str:
     told = [f"{point.load:g} {sweep.unit}"]
-    for key in ("output_tokens_per_second", "ttft_p99", "tpot_p99", "goodput"):
-        if (over := point.figures.get(key)) is not None:
-            told.append(f"{FIGURES[key].title} {numbers.of(over.median, FIGURES[key].unit)}")
+    told += [
+        f"{FIGURES[key].title} {_cell(point, key)}"
+        for key in ("output_tokens_per_second", "ttft_p99", "tpot_p99", "goodput")
+        if key in point.figures
+    ]
     return "\n".join(told)
 
 

@@ -76,7 +76,7 @@ def _client_side(result: Result, line: Timeline, frame: _Frame) -> Iterator[str]
             "s",
             [Trace(name="p50", values=line.ttft_p50, tone="1"), Trace(name="p99", values=line.ttft_p99, tone="2")],
             log=around(reaching(waits, limit_ms / 1000 if limit_ms else None), 0, 1),
-            limit=(limit_ms / 1000, f"SLO {numbers.seconds(limit_ms / 1000)}") if limit_ms else None,
+            limit=(limit_ms / 1000, f"SLO {numbers.tick(limit_ms / 1000, 's')}") if limit_ms else None,
         )
     yield frame("TPOT", "s", [Trace(name="p50", values=line.tpot_p50, tone="1")])
 
@@ -114,8 +114,8 @@ def _own(line: Timeline, frame: _Frame) -> Iterator[str]:
         gpus = list(line.gpus.items())[:MOST_ENGINES]
         for title, unit, take, factor, top in (
             ("GPU use", "share", "utilisation", 1.0, 1.0),
-            ("GPU memory", "GiB", "memory_bytes", 2.0**-30, None),
-            ("GPU power", "W", "power_watts", 1.0, None),
+            ("GPU memory, GiB", "GiB", "memory_bytes", 2.0**-30, None),
+            ("GPU power, W", "W", "power_watts", 1.0, None),
         ):
             traces = []
             for tone, (index, gpu) in zip(TONES, gpus, strict=False):

@@ -25,7 +25,7 @@ def limit_words(verdict: Verdict) -> tuple[str, str, str]:
     title, unit, _ = LIMITS.get(verdict.name, (verdict.name, "", ""))
     factor = 0.001 if verdict.name.endswith("_ms") else 1.0
     sign = "at least" if verdict.name.startswith("min_") else "at most"
-    limit = f"{sign} {numbers.of(verdict.limit * factor, unit)}"
+    limit = f"{sign} {numbers.tick(verdict.limit * factor, unit)}"
     return title, limit, numbers.of(None if verdict.value is None else verdict.value * factor, unit)
 
 
