@@ -17,29 +17,30 @@ from vitalis_load.records import RepeatEnd
 LAST_SECONDS = 8.0  # for workers to hand over the last of what they have
 SILENT_SECONDS = 6.0  # a worker that hands over nothing for so long is lost
 LATE_SECONDS = 5.0  # beyond the last deadline; then the repeat ends whatever is in flight
-PROGRESS_SECONDS = 2.0
 
 
 class Conductor:
     """One repeat of `processes` processes that begins at `zero` (`time.monotonic`).
 
-    `dismiss` tells them all to finish; `say` gets a line every few seconds. Times are seconds since the repeat began.
+    `dismiss` tells them all to finish; `say` gets a line `every` so many seconds. Times are seconds since the begin.
     """
 
     def __init__(
-        self, order: Order, processes: int, zero: float, *, dismiss: Callable[[], None], say: Callable[[str], None]
-    ) -> None:
+        self, order: Order, processes: int, zero: float, *, dismiss: Callable[[], None], say: Callable[[str], None],
+        every: float = 2.0,
+    ) -> None:  # fmt: skip
         self.scenario = order.scenario_made()
         self.failure: LoadFailure | None = None
         self.reason = ""  # why it is not complete
         self.finished = False
         self.lost: list[int] = []
         self._recorder = Recorder(Path(order.folder)) if order.folder else None
-        self._processes = processes
+        self.processes = processes
         self._zero = zero
         self._began_unix = time.time() + zero - time.monotonic()
         self._dismiss = dismiss
         self._say = say
+        self._every = every
         self._latest: dict[int, Batch] = {}
         self._heard: dict[int, float] = dict.fromkeys(range(processes), max(0.0, time.monotonic() - zero))
         self._finishing = False
@@ -93,7 +94,7 @@ class Conductor:
         now = self.clock()
         if self.reason:
             return True
-        left = [process for process in range(self._processes) if process not in self.lost]
+        left = [process for process in range(self.processes) if process not in self.lost]
         if not left:
             self.stop("every worker was lost")
             return True
@@ -114,7 +115,7 @@ class Conductor:
         deadline = time.monotonic() + LAST_SECONDS
         while time.monotonic() < deadline and not self._all_in():
             gevent.sleep(0.02)
-        for process in range(self._processes):
+        for process in range(self.processes):
             last = self._latest.get(process)
             if last is None or not last.last:
                 self.lose(process)
@@ -129,14 +130,14 @@ class Conductor:
     def _all_in(self) -> bool:
         return all(
             process in self.lost or (process in self._latest and self._latest[process].last)
-            for process in range(self._processes)
+            for process in range(self.processes)
         )
 
     def _write_end(self, seconds: float) -> None:
         reason = self.reason
         if self.lost and not reason:
             named = ", ".join(str(process) for process in sorted(self.lost))
-            reason = f"lost worker {named} of {self._processes}: what they had in flight is not in the result"
+            reason = f"lost worker {named} of {self.processes}: what they had in flight is not in the result"
         end = RepeatEnd(
             began_at=self._began_unix,
             seconds=max(0.0, seconds),
@@ -157,13 +158,13 @@ class Conductor:
     def _watch(self) -> None:
         now = self.clock()
         for process, heard in self._heard.items():
-            if now - heard > SILENT_SECONDS and process < self._processes:
+            if now - heard > SILENT_SECONDS and process < self.processes:
                 self.lose(process)
         self._progress()
 
     def _progress(self, *, last: bool = False) -> None:
         now = self.clock()
-        if not last and now - self._told_at < PROGRESS_SECONDS:
+        if not last and now - self._told_at < self._every:
             return
         batches = list(self._latest.values())
         tokens = sum(batch.tokens for batch in batches)
