@@ -1,5 +1,6 @@
 """One load of a search, acted: the scenario at that load, the run, and the point that it makes."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def point(made: Result, load: float, run: str) -> Point:
     goodput = made.figures.get("goodput")
     return Point(
         load=load,
+        offered_per_second=statistics.median(repeat.summary.offered_per_second for repeat in made.repeats),
         requests_per_second=figure("requests_per_second") or 0.0,
         tokens_per_second=figure("output_tokens_per_second") or 0.0,
         goodput=goodput.median if goodput else 0.0,

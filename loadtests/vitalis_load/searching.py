@@ -18,7 +18,8 @@ class Point(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One load, measured: medians over the repeats. Times in milliseconds, None where no request gave one."""
 
     load: float  # requests per second asked for, or users
-    requests_per_second: float = 0.0  # answered, whether well or not
+    offered_per_second: float = 0.0  # requests that were due
+    requests_per_second: float = 0.0  # answered well, whether within the SLO or not
     tokens_per_second: float = 0.0  # of output, in the steady window
     goodput: float = 0.0  # good requests per second
     good_share: float = 0.0  # of all that were scheduled

@@ -130,16 +130,28 @@ def _at(known: Sequence[Point], load: float) -> Point:
 
 def _keeps_up(point: Point, below: Sequence[Point], unit: Unit) -> bool:
     if unit == "requests/s":
-        # A short run has some requests more or less than its rate says.
-        slack = 2 / max(point.requests, 1) ** 0.5
-        if point.requests_per_second < (KEEPS_UP - min(slack, 0.25)) * point.load:
+        # A short run is asked for more or less than its rate says, and answers some of it after its end.
+        due = _due(point)
+        if point.requests_per_second < (KEEPS_UP - min(_chance(point), 0.25)) * due:
             return False
         # Those that had to wait are answered later, and count as answered; the tokens per second tell.
-        fewer = [other for other in below if other.load <= point.load / COMPARABLE["requests/s"]][-1:]
-        wanted = 1 + (point.load / fewer[0].load - 1) / 2 if fewer else 0.0
-        return not fewer or point.tokens_per_second >= wanted * fewer[0].tokens_per_second
+        fewer = [other for other in below if _due(other) <= due / COMPARABLE["requests/s"]][-1:]
+        if not fewer:
+            return True
+        wanted = 1 + (due / _due(fewer[0]) - 1) / 2
+        by_chance = min(0.5, (_chance(point) ** 2 + _chance(fewer[0]) ** 2) ** 0.5)
+        return point.tokens_per_second >= (1 - by_chance) * wanted * fewer[0].tokens_per_second
     fewer = [other for other in below if other.load <= point.load / COMPARABLE["users"]]
     return not fewer or point.tokens_per_second >= GROWS * max(other.tokens_per_second for other in fewer)
+
+
+def _due(point: Point) -> float:
+    return point.offered_per_second or point.load
+
+
+def _chance(point: Point) -> float:
+    """By which share a rate of so many requests, that come as they like, may differ from what it is on average."""
+    return 2 / max(point.requests, 1) ** 0.5
 
 
 def _rounded(load: float, bounds: Bounds) -> float:

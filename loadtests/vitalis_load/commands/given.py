@@ -78,7 +78,7 @@ def report(curves: list[Sweep], where: Path, *, title: str, evidence: str = "") 
     for index, each in enumerate(curves):
         store(each, where / ("sweep.json" if len(curves) == 1 else f"curves/{index:02d}.json"))
     path = where / "report.html"
-    page.write_sweep(curves, path, title=title, evidence=evidence)
+    page.write_sweep(curves, path, title=title, evidence=evidence.splitlines())
     return path
 
 

@@ -1,8 +1,8 @@
 """`vitalis-load overhead`: the same engine directly and through the gateway, in turn, in one run."""
 
 import contextlib
+import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from vitalis_load.commands import given
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.overhead import Added, Overhead, Round, Way
 from vitalis_load.processes import cpu_seconds, gateway_processes
-from vitalis_load.program import Program, surroundings
+from vitalis_load.program import REPOSITORY, Program, surroundings
 from vitalis_load.result import Sweep, whole
 from vitalis_load.scenario import Scenario
 from vitalis_load.searching import Journal
@@ -41,6 +41,7 @@ def overhead(
         bool, typer.Option(help="a simulated engine, started for this, instead of a real one")
     ] = False,
     simulator_options: Annotated[str, typer.Option(help="of the simulated engine")] = " ".join(SIMULATOR),
+    simulator_python: Annotated[str, typer.Option(help="has uvloop; default: this checkout's gateway's")] = "",
     serve: given.Serve = "",
     config: given.Config = None,
     scale: given.Scale = "full",
@@ -56,11 +57,12 @@ def overhead(
     else:
         asked = Scenario.model_validate(fixed(api, streams, prompt, output, seconds))
     program = Program.of(serve, config)
+    engine = [_python(simulator_python), "-m", "simulator", *simulator_options.split()] if simulator else []
     asked_for = {"scenario": asked.resolved(), "pairs": pairs, "simulator": simulator, "seed": seed}
     journal = Journal(where / "journal.jsonl", asked_for)
     rounds = [msgspec.convert(entry["round"], Round) for entry in journal.entries]
     try:
-        with given.kept(where), _sides(data_folder, simulator, simulator_options, program, where) as sides:
+        with given.kept(where), _sides(data_folder, engine, program, where) as sides:
             for number, (pair, way) in enumerate(compared.order(pairs)):
                 if any((each.pair, each.way) == (pair, way) for each in rounds):
                     continue
@@ -124,14 +126,14 @@ def summary(made: Overhead) -> str:
 
 
 @contextlib.contextmanager
-def _sides(folder: Path, simulator: bool, options: str, program: Program, where: Path) -> Iterator[Sides]:
-    """Of a running server, or of one that is started before a simulated engine. Raises LoadFailure."""
-    if not simulator:
+def _sides(folder: Path, engine: list[str], program: Program, where: Path) -> Iterator[Sides]:
+    """Of a running server, or of one that is started before a simulated engine (its argv). Raises LoadFailure."""
+    if not engine:
         running = given.target("", None, "", folder, "")
         status = program.status({**surroundings(), "VITALIS_DATA_FOLDER": str(folder.absolute())})
         yield _both(running, status)
         return
-    with _simulated(options.split(), where / "simulator.log") as address:
+    with _simulated(engine, where / "simulator.log") as address:
         words = ("gateway", "--engine", address)
         # More slots than streams: what waits for a slot is no overhead.
         with Serving(program, where / "terminal.log", words=words, VITALIS_ENGINES_SLOTS="4096") as tree:
@@ -155,15 +157,27 @@ def _both(gateway: Target, status: dict[str, Any]) -> Sides:
     return Sides(direct, gateway, gateway_processes(status))
 
 
+def _python(given_: str) -> str:
+    """What the simulated engine runs in. Raises LoadFailure."""
+    own = REPOSITORY / ".venv" / "bin" / "python"
+    found = shutil.which(given_ or str(own))
+    if found is None:
+        raise LoadFailure(
+            f"{given_ or own} cannot be run: run `make serve` once, or give --simulator-python, one that has uvloop,"
+            " httptools and msgspec"
+        )
+    return found
+
+
 @contextlib.contextmanager
-def _simulated(options: list[str], log: Path) -> Iterator[str]:
+def _simulated(argv: list[str], log: Path) -> Iterator[str]:
     """A simulated engine's address."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    environ = {**surroundings(), "PYTHONPATH": str(REPOSITORY / "loadtests")}
     with log.open("wb") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "simulator", *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=errors, text=True,
-        )  # fmt: skip
+            argv, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
     try:
         assert child.stdout is not None
         for line in child.stdout:

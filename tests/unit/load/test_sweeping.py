@@ -80,6 +80,19 @@ def test_requests_answered_late_do_not_hide_saturation():
     assert max(point.load for point in points) <= 32
 
 
+def test_a_few_requests_more_or_less_are_no_saturation():
+    """Two seconds at these rates have so few requests that tokens/s say nothing."""
+    due = {1.0: 2.0, 2.0: 3.5, 4.0: 5.5, 8.0: 7.0}
+    points = [
+        Point(
+            load=load, offered_per_second=came, requests_per_second=came, tokens_per_second=tokens, goodput=came,
+            requests=round(2 * came),
+        )
+        for (load, came), tokens in zip(due.items(), [45, 88, 89, 120], strict=True)
+    ]  # fmt: skip
+    assert sweeping.holding(points, "requests/s") == points
+
+
 def test_users_are_whole_and_a_plateau_ends_it():
     bounds = Bounds(unit="users", first=1, most=1024, confirm=1)
     points = swept(bounds, lambda step: closed(step.load, capacity=1600))
