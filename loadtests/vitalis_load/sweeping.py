@@ -7,7 +7,7 @@ it is narrow enough; then the best one is measured again, in full.
 """
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
+from math import hypot, sqrt
 from typing import Final, Literal
 
 import msgspec
@@ -139,7 +139,7 @@ def _keeps_up(point: Point, below: Sequence[Point], unit: Unit) -> bool:
         if not fewer:
             return True
         wanted = 1 + (due / _due(fewer[0]) - 1) / 2
-        by_chance = min(0.5, (_chance(point) ** 2 + _chance(fewer[0]) ** 2) ** 0.5)
+        by_chance = min(0.5, hypot(_chance(point), _chance(fewer[0])))
         return point.tokens_per_second >= (1 - by_chance) * wanted * fewer[0].tokens_per_second
     fewer = [other for other in below if other.load <= point.load / COMPARABLE["users"]]
     return not fewer or point.tokens_per_second >= GROWS * max(other.tokens_per_second for other in fewer)
@@ -151,7 +151,7 @@ def _due(point: Point) -> float:
 
 def _chance(point: Point) -> float:
     """By which share a rate of so many requests, that come as they like, may differ from what it is on average."""
-    return 2 / max(point.requests, 1) ** 0.5
+    return 2 / sqrt(max(point.requests, 1))
 
 
 def _rounded(load: float, bounds: Bounds) -> float:

@@ -174,7 +174,7 @@ class _Matrix:
         try:
             point = loads.measure(
                 sides[cell.way], Scenario.model_validate(document), Step(float(cell.streams)), out=self._where / "runs",
-                processes=min(self._processes, cell.streams), scale="full", seed=1, progress=given.say,
+                processes=min(self._processes, cell.streams), scale="full", seed=1, progress=given.within,
                 note=f"{cell.name}; {self._note}",
             )  # fmt: skip
         except LoadFailure as failure:

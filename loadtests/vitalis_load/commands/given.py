@@ -1,6 +1,7 @@
 """What the commands that measure many runs are given on their command lines, and what that comes to."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,19 +10,18 @@ from typing import Annotated
 
 import typer
 
-from vitalis_load import discovery, scenario
-from vitalis_load.commands.scenarios import assignments
+from vitalis_load import options, scenario
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.result import Sweep, store
 from vitalis_load.scenario import Scenario
-from vitalis_load.target import Target
 
 RESULTS = Path("results")
 
 Url = Annotated[str, typer.Option(help="http://HOST:PORT; default: the server that runs on --data-folder")]
-KeyFile = Annotated[Path | None, typer.Option(help="a file with the key; default: the data folder's first key")]
+KeyFile = Annotated[str, typer.Option(help="a file with the key; default: the data folder's first key")]
 KeyEnv = Annotated[str, typer.Option(help="the variable with the key")]
-DataFolder = Annotated[Path, typer.Option(help="of a running vitalis-serve on this host")]
+DataFolder = Annotated[str, typer.Option(help="of a running vitalis-serve on this host")]
+Keys = Annotated[list[str] | None, typer.Option(metavar="TENANT=VARIABLE", help="a tenant's own key")]
 Model = Annotated[str, typer.Option(help="default: the first that the key may use")]
 Scale = Annotated[str, typer.Option(help="full or small")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="another value in the scenario")]
@@ -36,18 +36,9 @@ StartSeconds = Annotated[float, typer.Option(help="longest time for the engines 
 
 def asked_scenario(name: str, scale: str, changes: list[str] | None, slo: list[str] | None) -> Scenario:
     """Raises LoadFailure for what is wrong with it."""
-    overrides = assignments(changes or [])
-    for field, value in _slo(slo or []).items():
-        overrides[f"slo.{field}"] = value
+    limits = options.pairs(slo or [], "--slo", "ttft_p99_ms=2000")
+    overrides = options.overrides(changes or []) | {f"slo.{field}": value for field, value in limits.items()}
     return scenario.load(name, scale=scale, overrides=overrides)
-
-
-def target(url: str, key_file: Path | None, key_env: str, data_folder: Path, model: str) -> Target:
-    """A server by its URL, or the one that runs on the data folder. Raises LoadFailure."""
-    key = _key(key_file, key_env)
-    if not url:
-        return discovery.find(data_folder, key=key, model=model)
-    return Target(url=url.rstrip("/").removesuffix("/v1"), model=model, keys={"": key} if key else {})
 
 
 def folder(out: Path | None, kind: str) -> Path:
@@ -57,7 +48,8 @@ def folder(out: Path | None, kind: str) -> Path:
 
 @contextmanager
 def kept(where: Path) -> Iterator[None]:
-    """Says how to go on, whatever ended it."""
+    """Says how to go on, whatever ended it. SIGTERM ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
         yield
     except LoadFailure as failure:
@@ -86,19 +78,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def _key(key_file: Path | None, key_env: str) -> str:
-    if key_file is not None:
-        try:
-            return key_file.read_text().strip()
-        except OSError as error:
-            raise LoadFailure(f"--key-file {key_file} cannot be read ({error.strerror})") from None
-    if key_env and not os.environ.get(key_env):
-        raise LoadFailure(f"--key-env {key_env}: there is no such variable, or it is empty")
-    return os.environ.get(key_env, "") if key_env else ""
-
-
-def _slo(written: list[str]) -> dict[str, str]:
-    for one in written:
-        if "=" not in one:
-            raise LoadFailure(f"--slo {one}: needs NAME=VALUE, as in --slo ttft_p99_ms=2000")
-    return dict(one.split("=", 1) for one in written)
+def within(text: str) -> None:
+    """What a single run of many says."""
+    say(f"    {text}")

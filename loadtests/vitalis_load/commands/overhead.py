@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from vitalis_load import metrics, reading, result, runs
+from vitalis_load import metrics, options, reading, result, runs
 from vitalis_load import overhead as compared
 from vitalis_load.commands import given
 from vitalis_load.errors import Exit, LoadFailure
@@ -36,7 +36,7 @@ def overhead(
     api: Annotated[str, typer.Option(help="where no scenario is given")] = "completions",
     seconds: Annotated[float, typer.Option(min=1, help="of each round, where no scenario is given")] = 15,
     pairs: Annotated[int, typer.Option(min=1, help="rounds of each way")] = 5,
-    data_folder: given.DataFolder = Path("var"),
+    data_folder: given.DataFolder = options.DATA_FOLDER,
     simulator: Annotated[
         bool, typer.Option(help="a simulated engine, started for this, instead of a real one")
     ] = False,
@@ -126,11 +126,11 @@ def summary(made: Overhead) -> str:
 
 
 @contextlib.contextmanager
-def _sides(folder: Path, engine: list[str], program: Program, where: Path) -> Iterator[Sides]:
+def _sides(folder: str, engine: list[str], program: Program, where: Path) -> Iterator[Sides]:
     """Of a running server, or of one that is started before a simulated engine (its argv). Raises LoadFailure."""
     if not engine:
-        running = given.target("", None, "", folder, "")
-        status = program.status({**surroundings(), "VITALIS_DATA_FOLDER": str(folder.absolute())})
+        running = options.target(None, data_folder=folder)
+        status = program.status({**surroundings(), "VITALIS_DATA_FOLDER": str(Path(folder).absolute())})
         yield _both(running, status)
         return
     with _simulated(engine, where / "simulator.log") as address:
@@ -198,7 +198,7 @@ def _round(
     before, began = cpu_seconds(sides.processes), time.monotonic()
     folder = runs.run(
         target, asked, out=where / "runs", repeats=1, processes=processes, scale=scale, seed=seed + pair,
-        progress=given.say, warm=pair == 0, note=f"{way}, pair {pair + 1}",
+        progress=given.within, warm=pair == 0, note=f"{way}, pair {pair + 1}",
     )  # fmt: skip
     cpu, lasted = cpu_seconds(sides.processes) - before, time.monotonic() - began
     [repeat] = result.load(folder).repeats

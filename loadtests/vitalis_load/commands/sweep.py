@@ -1,11 +1,10 @@
 """`vitalis-load sweep`: where a running server saturates, and the best goodput it gives under an SLO."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vitalis_load import loads, sweeping
+from vitalis_load import loads, options, sweeping
 from vitalis_load.commands import given
 from vitalis_load.errors import Exit
 from vitalis_load.searching import Journal, Point
@@ -15,9 +14,10 @@ from vitalis_load.sweeping import Bounds
 def sweep(
     scenario: Annotated[str, typer.Argument(help="a name, or a file")] = "short-chat",
     url: given.Url = "",
-    key_file: given.KeyFile = None,
+    key_file: given.KeyFile = "",
     key_env: given.KeyEnv = "",
-    data_folder: given.DataFolder = Path("var"),
+    keys: given.Keys = None,
+    data_folder: given.DataFolder = options.DATA_FOLDER,
     model: given.Model = "",
     scale: given.Scale = "full",
     change: given.Set = None,
@@ -37,7 +37,9 @@ def sweep(
     """Raise the load until the SLO is missed, find the best that holds, and draw throughput against latency."""
     asked = given.asked_scenario(scenario, scale, change, slo)
     unit = loads.unit_of(asked)
-    target = given.target(url, key_file, key_env, data_folder, model)
+    target = options.target(
+        asked, url=url, model=model, key_file=key_file, key_env=key_env, keys=keys or (), data_folder=data_folder
+    )
     begin = first or max(loads.usual(asked) / 4, 1.0 if unit == "users" else 0.0)
     bounds = Bounds(
         unit=unit, first=begin, most=max(most, begin), least=least, growth=growth, precision=precision, points=points,
@@ -58,7 +60,7 @@ def sweep(
                 given.say(f"load {len(known) + 1}: {sweeping.show(step.load, unit)}{again}")
                 found = loads.measure(
                     target, asked, step, out=where / "runs", processes=processes, scale=scale, seed=seed,
-                    progress=given.say,
+                    progress=given.within,
                 )  # fmt: skip
                 known.append(found)
                 journal.add({"point": found})

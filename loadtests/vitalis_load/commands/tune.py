@@ -166,7 +166,7 @@ class _Search:
     def _point(self, step: Step, folder: str, target: Target) -> Point:
         found = loads.measure(
             target, self._scenario, step, out=self._where / folder, processes=self._processes, scale=self._scale,
-            seed=self._seed, progress=given.say, note=folder,
+            seed=self._seed, progress=given.within, note=folder,
         )  # fmt: skip
         return msgspec.structs.replace(found, run=f"{folder}/{found.run}")
 
