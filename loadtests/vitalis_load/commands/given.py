@@ -1,6 +1,5 @@
 """What the commands that measure many runs are given on their command lines, and what that comes to."""
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ def folder(out: Path | None, kind: str) -> Path:
 @contextmanager
 def kept(where: Path) -> Iterator[None]:
     """Says how to go on, whatever ended it. SIGTERM ends it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupted)
     try:
         yield
     except LoadFailure as failure:
@@ -81,3 +80,7 @@ def say(text: str) -> None:
 def within(text: str) -> None:
     """What a single run of many says."""
     say(f"    {text}")
+
+
+def _interrupted(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt

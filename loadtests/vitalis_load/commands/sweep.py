@@ -46,9 +46,8 @@ def sweep(
         confirm=repeats,
     )  # fmt: skip
     where = given.folder(out, f"sweep-{asked.name}")
-    journal = Journal(
-        where / "journal.jsonl", {"scenario": asked.resolved(), "scale": scale, "bounds": bounds, "seed": seed}
-    )
+    asked_for = {"scenario": asked.resolved(), "scale": scale, "seed": seed, "url": target.url}
+    journal = Journal(where / "journal.jsonl", asked_for)
     known = [loads.as_point(entry["point"]) for entry in journal.entries]
     if journal.resumed:
         given.say(f"going on with {where}: {len(known)} loads were measured")

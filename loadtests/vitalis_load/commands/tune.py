@@ -62,8 +62,8 @@ def tune(
     )
     where = given.folder(out, f"tune-{asked.name}")
     asked_for = {
-        "scenario": asked.resolved(), "scale": scale, "bounds": bounds, "seed": seed, "space": varied,
-        "profile": in_force.profile,
+        "scenario": asked.resolved(), "scale": scale, "seed": seed, "profile": in_force.profile,
+        "engines": in_force.settings["engines"], "model": in_force.settings["model"],
     }  # fmt: skip
     journal = Journal(where / "journal.jsonl", asked_for)
     search = _Search(
