@@ -111,10 +111,13 @@ class Schedule:
         """Chooses the next step's work. Returns the step's length in seconds; 0 work is possible."""
         budget, preemptions = self._budget, self.preemptions
         self._decoding = []
+        size = self._block_tokens
         for sequence in list(self.running):
             if sequence.held or not sequence.decodes or sequence.state is not State.RUNNING:
                 continue
-            if self._make_room(sequence):
+            # nearly always there is room in the last block: this line runs for every token
+            room = sequence.holding.count * size
+            if sequence.prompt_tokens + (sequence.generated + 1) * sequence.width <= room or self._make_room(sequence):
                 self._decoding.append(sequence)
                 budget -= sequence.width
         if self.preemptions > preemptions:

@@ -18,7 +18,8 @@ from vitalis_load.traffic import Traffic, load
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "loadtests" / "traffic" / "example.yaml"
-# what design and docs call the usual workload of gpt-oss-20b, on short clocks
+# the workload that capacity is measured with, with shorter answers, on short clocks
+CHAT = {"median": 400, "p95": 2000, "max": 30000}
 USUAL: dict[str, Any] = {
     "name": "usual",
     "rate": 8,
@@ -28,8 +29,7 @@ USUAL: dict[str, Any] = {
     "repeats": 1,
     "slo": {"ttft_p99_ms": 2000, "tpot_p99_ms": 40},
     "tasks": [
-        {"name": "chat", "prompt": {"tokens": {"median": 400, "p95": 2000, "max": 30000}},
-         "output": {"median": 150, "p95": 500, "max": 4000}},
+        {"name": "chat", "prompt": {"tokens": CHAT}, "output": {"median": 50, "p95": 150}},
     ],
 }  # fmt: skip
 
@@ -44,43 +44,46 @@ def planned(calibration: Calibration | None = None, **more: Any) -> Planned:
 
 def test_arithmetic_knows_what_a_replica_carries() -> None:
     # measured with the gateway's own admission before a schedule of this speed: 12.3
-    assert planning.capacity(setting()) == pytest.approx(12.3, rel=0.1)
+    task = {"name": "chat", "prompt": {"tokens": CHAT}, "output": {"median": 150, "p95": 500, "max": 4000}}
+    assert planning.capacity(setting(tasks=[task])) == pytest.approx(12.3, rel=0.1)
 
 
 def test_the_smallest_number_that_holds() -> None:
-    found = planned(rate=30)
+    one = planning.capacity(setting())
+    found = planned(rate=2.5 * one)
     assert found.replicas is not None
     by_count = {one.replicas: one for one in found.outcomes}
     assert by_count[found.replicas].holds
     assert not by_count[found.replicas - 1].holds
-    # four times what one carries with all its seats in use needs as many, and a few more for the tail
-    assert 30 / 12.3 <= found.replicas <= 30 / 12.3 + 3
+    # what would fill the seats of two and a half needs three, and perhaps some more for the tail
+    assert 3 <= found.replicas <= 5
     assert by_count[found.replicas].utilisation < by_count[found.replicas - 1].utilisation
 
 
 def test_one_is_enough_for_little() -> None:
-    found = planned(rate=3)
+    found = planned(rate=10)
     assert (found.replicas, [one.replicas for one in found.outcomes]) == (1, [1])
-    assert found.outcomes[0].good_share == 1
+    assert found.outcomes[0].good_share > 0.99
 
 
 def test_peak_margin_and_spare_are_in_it() -> None:
-    found = planned(rate=5, peak_factor=2, margin=0.5, spare=2)
-    assert found.rate == 15
+    found = planned(rate=20, peak_factor=2, margin=0.5, spare=2)
+    assert found.rate == 60
     assert found.replicas is not None
-    assert found.replicas >= 2
+    assert found.replicas >= 3
     assert found.wanted == found.replicas + 2
 
 
 def test_the_same_again_is_the_same() -> None:
-    assert planned(rate=10) == planned(rate=10)
+    first, second = (planning.measure(setting(rate=20), 2, lambda line: None) for _ in range(2))
+    assert first == second
 
 
 def test_repeats_count_by_the_worst() -> None:
-    one = planning.measure(setting(rate=9), 1, lambda line: None)
-    three = planning.measure(setting(rate=9, repeats=3), 1, lambda line: None)
-    assert three.ttft_p99_ms >= one.ttft_p99_ms
-    assert three.holds <= one.holds
+    one = planning.measure(setting(rate=15), 1, lambda line: None)
+    two = planning.measure(setting(rate=15, repeats=2), 1, lambda line: None)
+    assert two.ttft_p99_ms >= one.ttft_p99_ms
+    assert two.holds <= one.holds
 
 
 def test_shared_prefixes_need_less_where_they_are_cached() -> None:
@@ -101,7 +104,7 @@ def test_emergencies_do_not_feel_the_rest() -> None:
     ]
     for task in tasks:
         task["prompt"] = {"tokens": task["prompt"]}
-    found = planning.measure(setting(rate=20, tasks=tasks, seconds=60), 1, lambda line: None)
+    found = planning.measure(setting(rate=20, tasks=tasks), 1, lambda line: None)
     assert not found.holds
     assert found.tasks["emergency"] < 1000
     assert found.tasks["batch"] > 10_000
@@ -112,7 +115,7 @@ def test_what_no_number_can_do() -> None:
     found = planned(slow)
     assert (found.replicas, found.outcomes) == (None, [])
     assert "51.0 ms a token" in found.impossible
-    most = planned(rate=60, most_replicas=2)
+    most = planned(rate=120, most_replicas=2)
     assert most.replicas is None
     assert most.outcomes[-1].replicas == 2
 
@@ -123,13 +126,13 @@ def test_a_calibration_is_what_the_engine_is() -> None:
         decode_step_seconds=0.016, per_sequence_seconds=0.0002, prefill_tokens_per_second=10_000, overhead_seconds=0.1,
         engine=Engine(max_num_seqs=48), fit=quality, run={"id": "r7", "model": "m"},
     )  # fmt: skip
-    one = setting(half, rate=3)
+    one = setting(half, rate=6)
     assert one.options.max_num_seqs == 48
     assert setting(half, engine={"max_num_seqs": 32}).options.max_num_seqs == 32
     told = " ".join(assumptions(one))
     assert "extrapolated" in told
     assert "r7" in told
-    slow, fast = (planning.measure(which, 1, lambda line: None) for which in (one, setting(rate=3)))
+    slow, fast = (planning.measure(which, 1, lambda line: None) for which in (one, setting(rate=6)))
     assert slow.ttft_p50_ms > fast.ttft_p50_ms + 100  # what surrounds the engine is part of what is waited
     assert slow.tpot_p99_ms > 1.5 * fast.tpot_p99_ms
     assert any("imagined" in line for line in assumptions(setting()))
@@ -175,7 +178,7 @@ def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    short = ["--set", "seconds=10", "--set", "warmup_seconds=2", "--set", "repeats=1", "--set", "rate=4"]
+    short = ["--set", "seconds=10", "--set", "warmup_seconds=2", "--set", "repeats=1", "--set", "rate=12"]
     said = command("--traffic", EXAMPLE, *short, "--json", out)
     assert said.returncode == 0, said.stderr
     answer = json.loads(out.read_text())
@@ -204,6 +207,6 @@ def test_the_command_says_what_is_wrong(words: list[Any], told: str) -> None:
 
 
 def test_the_answer_can_be_written_down_when_some_never_ended() -> None:
-    hopeless = planning.measure(setting(rate=60), 1, lambda line: None)
+    hopeless = planning.measure(setting(rate=120), 1, lambda line: None)
     assert not hopeless.holds
     assert json.loads(msgspec.json.encode(hopeless))["ttft_p99_ms"] is None  # endless
