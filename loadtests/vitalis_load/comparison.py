@@ -21,8 +21,9 @@ from vitalis_load.result import Result
 CONFIDENCE: Final = 0.99  # that two runs of the same server are not called different in a figure
 ALONE: Final = 0.10
 TAIL_ALONE: Final = 0.25
-# What of a scenario may differ without its load being another: what it says of itself, and how often it was run.
-ASIDE: Final = ("about", "repeats", "slo", "small", "full")
+# What of a scenario may differ without its load being another: what it says of itself, what is asked of the server,
+# how often it was run, and what only follows from the rest.
+ASIDE: Final = ("about", "repeats", "slo", "expected")
 _NEEDS_SLO: Final = ("goodput", "good_share")
 
 Verdict = Literal["better", "worse", "same", ""]

@@ -13,7 +13,7 @@ from vitalis_load.timelines import quantile, short
 # every half percent, and the tail in finer steps
 SHARES: Final = (
     *(step / 200 for step in range(199)),
-    *(0.99 + step / 1000 for step in range(10)),
+    *(0.99 + step / 1000 for step in range(1, 9)),
     *(0.999, 0.9995, 0.9999, 1.0),
 )
 MEASURES: Final[Mapping[str, Callable[[Record], float | None]]] = {

@@ -1,5 +1,6 @@
 """The same figure of several repeats: its median, and how far it can be trusted."""
 
+import functools
 import math
 import statistics
 from collections.abc import Iterable
@@ -40,6 +41,7 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def t_quantile(share: float, freedom: float) -> float:
     """The value below which Student's t with `freedom` degrees (need not be whole) lies with probability `share`."""
     low, high = 0.0, 1.0

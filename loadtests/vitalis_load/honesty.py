@@ -52,8 +52,8 @@ def judge(repeat: RepeatData, scenario: dict[str, Any], window: Window, summary:
     """One repeat. `scenario` as in RunInfo."""
     inside = [record for record in repeat.records if window.holds(record.scheduled)]
     seconds = max(window.seconds, 1e-9)
-    kind = (scenario.get("arrivals") or {}).get("kind", "users")
-    open_loop = kind != "users"
+    expected = scenario.get("expected") or {}
+    open_loop = bool(expected.get("open"))
     sent = sum(1 for record in inside if record.sent < window.end)
     delay = summary.schedule_delay if open_loop else None
     client = [second for second in repeat.client if window.holds(second.at)]
@@ -80,7 +80,7 @@ def judge(repeat: RepeatData, scenario: dict[str, Any], window: Window, summary:
         events_per_second=max((float(second.events) for second in client), default=None),
         processes=len({second.process for second in repeat.client}) or 1,
     )
-    verdict.reasons = list(_reasons(verdict, typical, lag_limit))
+    verdict.reasons = [*_reasons(verdict, typical, lag_limit), *_undue(verdict, expected, repeat, window)]
     verdict.client_bound = bool(verdict.reasons)
     verdict.notes = list(_notes(verdict, summary, repeat))
     return verdict
@@ -134,6 +134,20 @@ def _reasons(verdict: Honesty, typical: float, lag_limit: float) -> Sequence[str
             f"{verdict.achieved_rate:.4g} of the {verdict.requested_rate:.4g} requests/s that were due were sent in it."
         )
     return found
+
+
+def _undue(verdict: Honesty, expected: dict[str, Any], repeat: RepeatData, window: Window) -> Sequence[str]:
+    """Whether requests that the scenario has were never so much as due: nobody got to them."""
+    asked = expected.get("mean_rate")
+    whole = repeat.end is not None and repeat.end.complete and [window.start, window.end] == expected.get("window")
+    if not asked or not whole:
+        return []
+    count = asked * window.seconds
+    # by chance, too, there are more of them or less
+    if verdict.requests >= ACHIEVED * count - 4 * math.sqrt(count):
+        return []
+    came = verdict.requests / window.seconds
+    return [f"The scenario asks for {asked:.4g} requests/s, and the load generator came to {came:.4g}."]
 
 
 def _notes(verdict: Honesty, summary: Summary, repeat: RepeatData) -> Sequence[str]:

@@ -186,11 +186,9 @@ def made_of(run: Repeats) -> Result:
     had = [repeat for repeat in run.repeats if repeat.records]
     if not had:
         raise LoadFailure(f"{run.folder} holds no finished request: there is nothing to report")
-    repeats = [_repeat(repeat, run.info, slo) for repeat in had]
-    inside = [_inside(repeat.records, made.window) for repeat, made in zip(had, repeats, strict=True)]
     gaps = Histogram()
-    for repeat, made in zip(had, repeats, strict=True):
-        gaps.merge(_gaps(repeat, made.window))
+    repeats = [_repeat(repeat, run.info, slo, gaps) for repeat in had]
+    inside = [_inside(repeat.records, made.window) for repeat, made in zip(had, repeats, strict=True)]
     reasons = list(_partial_reasons(run))
     return Result(
         run=run.info,
@@ -219,24 +217,27 @@ def window(repeat: RepeatData, scenario: dict[str, Any]) -> Window:
 
     Where it ended before, up to its end; where it had not even warmed up, all of it.
     """
-    warm_up = float(scenario.get("warmup_seconds") or 0)
-    planned = (scenario.get("shape") or {}).get("seconds")
     last = max((record.scheduled for record in repeat.records), default=0.0)
-    ended = repeat.end.seconds if repeat.end is not None else repeat.last_moment
-    end = warm_up + float(planned) if planned else max(last, ended) - float(scenario.get("cooldown_seconds") or 0)
-    end = min(end, max(ended, last))
-    return Window(warm_up, end) if end > warm_up else Window(0.0, max(last, ended, 1e-3))
+    ended = max(last, repeat.end.seconds if repeat.end is not None else repeat.last_moment)
+    start, planned = (scenario.get("expected") or {}).get("window") or (
+        float(scenario.get("warmup_seconds") or 0),
+        ended - float(scenario.get("cooldown_seconds") or 0),
+    )
+    end = min(planned, ended)
+    return Window(start, end) if end > start else Window(0.0, max(ended, 1e-3))
 
 
-def _repeat(repeat: RepeatData, info: RunInfo, slo: Slo) -> RepeatResult:
+def _repeat(repeat: RepeatData, info: RunInfo, slo: Slo, all_gaps: Histogram) -> RepeatResult:
+    """Its gaps are added to `all_gaps`."""
     measured = window(repeat, info.scenario)
     gaps = _gaps(repeat, measured)
+    all_gaps.merge(gaps)
     summary = metrics.summarise(repeat.records, gaps, measured, slo)
     end = repeat.end
     return RepeatResult(
         number=repeat.number,
-        began_at=end.began_at if end else None,
-        seconds=end.seconds if end else repeat.last_moment,
+        began_at=end.began_at if end and end.began_at else None,
+        seconds=max(end.seconds if end else 0.0, repeat.last_moment),
         complete=end is not None and end.complete,
         reason=end.reason if end else "it was killed before its end",
         window=measured,

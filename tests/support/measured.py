@@ -80,6 +80,11 @@ def write(
             "cooldown_seconds": load.cooldown,
             "repeats": repeats,
             "slo": load.slo,
+            "expected": {
+                "open": load.kind != "users",
+                "seconds": load.whole,
+                "window": [load.warmup, load.warmup + load.seconds],
+            },
             "tasks": [{"name": "chat", "api": "chat", "weight": 1, "output": {"median": load.tokens}}],
         },
         scale="full",

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from vitalis_load import result as results
+from vitalis_load import table
 from vitalis_load.errors import Exit
-from vitalis_load.report import page, table
+from vitalis_load.report import page
 
 
 def report(
@@ -29,7 +30,6 @@ def report(
     made = results.write(run) if run.is_dir() and (run / "run.json").is_file() else results.load(run)
     target = html or (run if run.is_dir() else run.parent) / "report.html"
     page.write(made, target)
-    table.result(made)
-    print(f"report: {target}")
+    print(f"{table.text(made)}\n\nreport: {target}")
     if not made.met:
         raise SystemExit(Exit.MISSED)

@@ -17,14 +17,14 @@ def seconds(value: float | None) -> str:
 
 
 def digits(value: float, count: int = 3) -> str:
-    """Without exponent, thousands grouped, no more digits than carry something."""
+    """Without exponent, thousands grouped; so many digits, and of whole ones all."""
     if not math.isfinite(value):
         return NONE
     if value == 0:
         return "0"
-    places = count - 1 - math.floor(math.log10(abs(value)))
-    rounded = round(value, places)
-    return f"{rounded:,.{max(0, min(places, 6))}f}"
+    rounded = float(f"{value:.{count}g}")
+    places = max(0, min(6, count - 1 - math.floor(math.log10(abs(rounded)))))
+    return f"{value:,.{places}f}"
 
 
 def share(value: float | None) -> str:

@@ -7,6 +7,7 @@ from vitalis_load.estimates import Estimate
 from vitalis_load.figures import FIGURES
 from vitalis_load.report import configuration, numbers, shell
 from vitalis_load.report.curves import Curve, Spot, against
+from vitalis_load.report.words import limit_title
 from vitalis_load.result import Sweep, SweepPoint
 
 COLUMNS = (
@@ -132,7 +133,7 @@ def _points(sweep: Sweep, several: bool) -> str:
         kept = (
             '<span class="kept">met</span>'
             if point.met
-            else f'<span class="lost">missed</span> {escape(", ".join(point.missed))}'
+            else f'<span class="lost">missed</span> {escape(", ".join(limit_title(name) for name in point.missed))}'
         )
         remarks = [point.note, "client-bound" if point.client_bound else "", "partial" if point.partial else ""]
         best = " ★" if sweep.best is not None and point.load == sweep.best else ""

@@ -20,6 +20,11 @@ def limit_of(name: str) -> str:
     return LIMITS[name][2] if name in LIMITS else name
 
 
+def limit_title(name: str) -> str:
+    """What the limit `name` is called; as it is where it is no limit of a Slo."""
+    return LIMITS[name][0] if name in LIMITS else name
+
+
 def limit_words(verdict: Verdict) -> tuple[str, str, str]:
     """What it is called, what was asked for, what was measured."""
     title, unit, _ = LIMITS.get(verdict.name, (verdict.name, "", ""))
