@@ -16,6 +16,11 @@ from vitalis_load.result import whole
 from vitalis_load.tuning import Candidate, Dimension, Space
 
 FOLDER: Final = Path(__file__).resolve().parents[1] / "spaces"
+# vLLM's own, where nothing is set.
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "engines.engine_args.stream-interval": 1,
+    "engines.engine_args.kv-cache-dtype": "auto",
+}
 SECTIONS: Final = ("engines", "gateway", "shutdown", "limits")
 
 
@@ -101,7 +106,7 @@ def _tried(words: str) -> Dimension:
     if not equals or not values:
         raise LoadFailure(f"--try {words}: needs SETTING=VALUE,VALUE, as in --try engines.slots=32,64")
     given = [yaml.safe_load(value) for value in values.split(",")]
-    made = Dimension(setting.rpartition(".")[2], given, setting.split("+"))
+    made = Dimension(setting.rpartition(".")[2], given, setting.split("+"), DEFAULTS.get(setting))
     _check(made, "--try")
     return made
 

@@ -185,6 +185,8 @@ def _sentence(known: Sequence[Point], found: Point | None, knee: Point | None, s
             why = why_not(ends, holding(known, bounds.unit), bounds.unit)
             missed = f" ({', '.join(ends.missed)})" if ends.missed else ""
             parts.append(f"at {show(ends.load, bounds.unit)} {_WHY[why or 'slo']}{missed}")
+        elif found.load >= bounds.most:
+            parts.append("no more was asked for (--most)")
     if knee is not None and saturated:
         parts.append(f"saturated from {show(knee.load, bounds.unit)} ({knee.tokens_per_second:.0f} output tokens/s)")
     else:

@@ -158,7 +158,7 @@ def _directions(dimension: Dimension, values: Candidate) -> list[_Direction]:
     set_ = (values.get(name) for name in dimension.set)
     here = next((value for value in set_ if isinstance(value, int | float)), dimension.default)
     if not dimension.ordered or here is None:
-        return [_Direction(list(dimension.values), False)]
+        return [_Direction([value for value in dimension.values if value != here], False)]
     ordered = sorted(dimension.values)
     up = [value for value in ordered if value > here]
     down = [value for value in reversed(ordered) if value < here]

@@ -174,4 +174,5 @@ def test_the_most_is_asked_for_and_no_more():
     bounds = Bounds(unit="requests/s", first=3, most=20, confirm=1)
     points = swept(bounds, lambda step: open_loop(step.load, capacity=1e9, slo_to=1e9))
     assert [point.load for point in points] == [3, 6, 12, 20]
-    assert "saturation was not reached" in sweeping.findings(points, bounds).said
+    said = sweeping.findings(points, bounds).said
+    assert said.endswith("no more was asked for (--most); saturation was not reached")
