@@ -4,19 +4,22 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
 from pathlib import Path
 
 import msgspec
 import pytest
 from vitalis_load import reading, result
-from vitalis_load.distributions import SHARES
+from vitalis_load.distributions import SHARES, Distribution
 from vitalis_load.errors import Exit, LoadFailure
-from vitalis_load.estimates import estimate, t_quantile, t_share
+from vitalis_load.estimates import Estimate, estimate, t_quantile, t_share
 from vitalis_load.figures import FIGURES
+from vitalis_load.honesty import Honesty
+from vitalis_load.metrics import Verdict
 from vitalis_load.records import EngineSample, Record, RepeatEnd, Sample
 from vitalis_load.report import numbers, page
-from vitalis_load.timelines import timeline
+from vitalis_load.timelines import EngineTimeline, GpuTimeline, Timeline, timeline
 
 from tests.support import measured
 from tests.support.measured import Load, Server
@@ -248,3 +251,13 @@ def repeat_of(records: list[Record]) -> reading.RepeatData:
 
 def filled(series: list[float | None]) -> list[float]:
     return [value or 0.0 for value in series]
+
+
+def test_every_field_of_a_result_is_in_the_documentation() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "load-testing.md").read_text()
+    told = set(re.findall(r"`(\w+)`", text[text.index("### result.json") : text.index("## Comparing")]))
+    for kind in (
+        result.Result, result.RepeatResult, result.Failure, result.SweepPoint, Estimate, Honesty, Timeline,
+        EngineTimeline, GpuTimeline, Distribution, Verdict,
+    ):  # fmt: skip
+        assert set(kind.__struct_fields__) <= told, (kind.__name__, set(kind.__struct_fields__) - told)
