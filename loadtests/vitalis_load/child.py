@@ -18,6 +18,7 @@ import msgspec
 from vitalis_load import order as orders
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.order import Order
+from vitalis_load.records import RepeatEnd
 
 LOCUSTFILE = Path(__file__).resolve().parents[1] / "locustfile.py"
 SAYS = "vitalis-load: "  # begins what is said to people; all else is in locust.log
@@ -37,6 +38,7 @@ class Child:
         self._log = Path(order.folder) / "locust.log"
         self._last: list[str] = []
         self._rest = b""
+        self._said = ""
 
     def run(self) -> LoadFailure | None:
         """To its end. Returns why it did not come to it as it should, if so; INTERRUPTED after SIGINT."""
@@ -108,7 +110,8 @@ class Child:
 
     def _heard(self, line: str) -> None:
         if line.startswith(SAYS):
-            self._say(line.removeprefix(SAYS))
+            self._said = line.removeprefix(SAYS)
+            self._say(self._said)
         self._last = [*self._last, line][-KEPT_LINES:]
 
     def _interrupt(self, process: "subprocess.Popen[bytes]") -> None:
@@ -128,13 +131,20 @@ class Child:
     def _judged(self, code: int) -> LoadFailure | None:
         if code == Exit.OK:
             return None
-        said = [line.removeprefix(SAYS) for line in self._last if line.startswith(SAYS)]
         if code == Exit.INTERRUPTED:
             return LoadFailure("interrupted", Exit.INTERRUPTED)
-        if code in (Exit.CANNOT_WRITE, Exit.NO_TARGET, Exit.BAD_INPUT) and said:
-            return LoadFailure(said[-1], Exit(code))
+        why = self._reason() or self._said
+        if code in (Exit.CANNOT_WRITE, Exit.NO_TARGET, Exit.BAD_INPUT) and why:
+            return LoadFailure(why, Exit(code))
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         return LoadFailure(f"Locust {how}; its words are in {self._log}", Exit.MISSED)
+
+    def _reason(self) -> str:
+        """What the repeat itself wrote down of why it is not complete."""
+        try:
+            return msgspec.json.decode((Path(self._order.folder) / "end.json").read_bytes(), type=RepeatEnd).reason
+        except (OSError, msgspec.DecodeError):
+            return ""
 
 
 def _free_port() -> int:

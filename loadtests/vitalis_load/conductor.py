@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gevent
+from gevent.event import Event
 
 from vitalis_load import sampling
 from vitalis_load.errors import LoadFailure
@@ -44,6 +45,7 @@ class Conductor:
         self._latest: dict[int, Batch] = {}
         self._heard: dict[int, float] = dict.fromkeys(range(processes), max(0.0, time.monotonic() - zero))
         self._finishing = False
+        self._done = Event()
         self._told_at = 0.0
         self._told_tokens = 0
         self._sources = sampling.sources(order.target) if order.folder else []
@@ -72,6 +74,7 @@ class Conductor:
         """Measuring ends here; what there is stays."""
         if self.failure is None:
             self.failure = failure
+            self._say(failure.message)
             self.stop(failure.message)
 
     def lose(self, process: int) -> None:
@@ -104,8 +107,10 @@ class Conductor:
         return idle or now > self.scenario.seconds + self.scenario.deadline_seconds + LATE_SECONDS
 
     def finish(self) -> None:
-        """Ends the repeat: workers hand over what they have, the folder gets its end.json. Blocks; again: nothing."""
+        """Ends the repeat: workers hand over what they have, the folder gets its end.json. Blocks until that is done,
+        whoever does it."""
         if self._finishing:
+            self._done.wait()
             return
         self._finishing = True
         now = self.clock()
@@ -123,9 +128,11 @@ class Conductor:
             self._sampler.kill()
         if self._gpus is not None:
             self._gpus.close()
+        ended = self.clock()
         self._progress(last=True)
-        self._write_end(self.clock())
+        self._write_end(ended)
         self.finished = True
+        self._done.set()
 
     def _all_in(self) -> bool:
         return all(
@@ -137,7 +144,10 @@ class Conductor:
         reason = self.reason
         if self.lost and not reason:
             named = ", ".join(str(process) for process in sorted(self.lost))
-            reason = f"lost worker {named} of {self.processes}: what they had in flight is not in the result"
+            reason = (
+                f"{len(self.lost)} of {self.processes} workers were lost (process {named}): what was theirs to send or "
+                "in flight then is not in the result"
+            )
         end = RepeatEnd(
             began_at=self._began_unix,
             seconds=max(0.0, seconds),

@@ -31,6 +31,7 @@ def target(
     """The server at `url`; without one, that which runs on the data folder (var/ where none is named).
 
     Args:
+        key_file, key_env: Where the run's own key is; without both, VITALIS_KEY or the data folder's first key.
         scenario: Whose labels of credentials are looked for in their variables.
         keys: "LABEL=VARIABLE", a key for one label of the scenario each.
         engines: "NAME=ADDRESS", where an engine's metrics are.
@@ -39,7 +40,7 @@ def target(
     Raises:
         LoadFailure: With what is missing.
     """
-    key = _key(key_file, key_env, environ)
+    key = _key(key_file, key_env, environ) or environ.get("VITALIS_KEY", "").strip()
     if url:
         found = Target(url=check_url(url), model=model, keys={"": key} if key else {}, gateway=not direct)
     else:

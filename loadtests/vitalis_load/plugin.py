@@ -46,6 +46,7 @@ class Plugin:
         self._clients: list[str] = []  # workers by their number
         self._unsent: list[Batch] = []
         self._signals = 0
+        self._interrupted = False
         self._parent = 0
         given = os.environ.get(order.VARIABLE, "")
         self._given = msgspec.json.decode(given, type=Order) if given else None
@@ -123,7 +124,9 @@ class Plugin:
 
     def _users(self, chosen: Scenario, at: float) -> int:
         """Closed users; in an open loop one of Locust's users a process stands for all that comes there."""
-        return max(1, chosen.users_at(at)) if not chosen.open else max(1, self._processes())
+        if not chosen.open:
+            return max(1, chosen.users_at(at))
+        return self.conductor.processes if self.conductor is not None else max(1, self._processes())
 
     # Locust's events
 
@@ -177,7 +180,7 @@ class Plugin:
         failure = self.failure or (conductor.failure if conductor is not None else None)
         if failure is not None:
             environment.process_exit_code = int(failure.code)
-        elif self._signals and not isinstance(environment.runner, WorkerRunner):
+        elif self._interrupted:
             environment.process_exit_code = int(Exit.INTERRUPTED)
         elif self.driven:
             environment.process_exit_code = int(Exit.OK)
@@ -303,10 +306,15 @@ class Plugin:
         self._signals += 1
         if self._signals > 1:
             os._exit(int(Exit.INTERRUPTED))
-        if self.conductor is None or self.conductor.finished:
+        running = self.conductor is not None and not self.conductor.finished
+        headless = bool(self.environment.parsed_options.headless)
+        self._interrupted = running or headless
+        if self.conductor is not None:
+            self.conductor.finish()
+        elif headless:  # it waits for workers, which those that are there already must be told to do no longer
+            self.environment.runner.quit()
             gevent.kill(self._main, SystemExit(int(Exit.INTERRUPTED)))
             return
-        self.conductor.finish()
         gevent.kill(self._main, KeyboardInterrupt)
 
     def _worker_signalled(self, forked: bool) -> None:

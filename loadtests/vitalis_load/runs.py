@@ -103,7 +103,7 @@ def _write_end(folder: Path, reason: str) -> None:
 
 def _sentence(failure: LoadFailure, folder: Path) -> str:
     if failure.code == Exit.CANNOT_WRITE:
-        return f"{failure.message}; what was measured until then is in {folder}: `vitalis-load report` shows it"
+        return f"{failure.message}; what was measured until then is kept: `vitalis-load report {folder}` shows it"
     if not (folder / "report.html").is_file():
         return f"{failure.message}; nothing was measured"
     return f"{failure.message}; what was measured until then is kept: {folder / 'report.html'}"

@@ -61,6 +61,8 @@ def run(
         if (failure.folder / "result.json").is_file():
             show(failure.folder)
         raise
+    except KeyboardInterrupt:
+        raise LoadFailure("interrupted before anything was measured", Exit.INTERRUPTED) from None
     if not show(folder):
         raise LoadFailure("an SLO was missed", Exit.MISSED)
 
