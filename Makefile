@@ -2,10 +2,11 @@
 PYTHON ?= python3
 CONFIG ?= config/gpt-oss.yaml
 SCENARIO ?= short-chat
+SCALE ?= full
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor test test-fast test-vllm soak bench sweep tune overhead bench-gpu lint format types lock clean environments
+.PHONY: help serve doctor test test-fast test-vllm soak bench load locust sweep tune overhead bench-gpu lint format types lock clean environments
 
 # Makes the environment on first use (shared by all checkouts, see deploy/environments.py) and .venv/bin for this checkout.
 DEV = $(PYTHON) deploy/environments.py dev --commands .venv/dev >/dev/null
@@ -52,6 +53,12 @@ bench:  ## the gateway's cost per request and event, measured on this machine
 	if command -v redis-server > /dev/null; then $(IN)/python tests/bench/redis_limits.py; \
 	else echo "limits in Redis: not measured, redis-server is not installed"; fi; \
 	exec $(IN)/python tests/bench/overhead.py $(ARGS)
+
+load:  ## SCENARIO (short-chat) in SCALE (full, or small for a CPU) against a running `make serve`, and its report
+	@$(LOAD); exec .venv/load/bin/vitalis-load run $(SCENARIO) --scale $(SCALE) $(ARGS)
+
+locust:  ## the same scenario in Locust's web UI, http://127.0.0.1:8089
+	@$(LOAD); exec .venv/load/bin/locust -f loadtests/locustfile.py --scenario $(SCENARIO) --scale $(SCALE) --web-host 127.0.0.1 $(ARGS)
 
 sweep:  ## raise the load on a running server until an SLO is missed (SCENARIO=short-chat ARGS="--scale small")
 	@$(LOAD); exec .venv/load/bin/vitalis-load sweep $(SCENARIO) $(ARGS)
