@@ -237,6 +237,8 @@ def _caveats(a: Result, b: Result, same_slo: bool) -> Iterator[str]:
             f"Answers were {drift[1].mean / drift[0].mean - 1:+.0%} long in {b.run.id}: E2E and tokens/s change with "
             "their length, TTFT and TPOT hardly."
         )
+    if a.run.target.get("seed") != b.run.target.get("seed"):
+        yield "Their seeds differ, and so do times and lengths of requests: noise between repeats has none of that."
     if a.run.machine != b.run.machine:
         yield "The load generators ran on different machines."
 

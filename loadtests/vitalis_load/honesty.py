@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -18,7 +18,7 @@ LAG_SECONDS: Final = 0.020
 # What is sent later than the larger of these after its schedule was not asked when it should have been.
 DELAY_SECONDS: Final = 0.010
 SHARE_OF_TTFT: Final = 0.05
-# A bad second is forgiven, more than this share of them is not.
+# A single bad second is forgiven, more than this share of them is not.
 BAD_SECONDS: Final = 0.10
 ACHIEVED: Final = 0.98  # of the requested rate
 REQUESTS_FOR_P99: Final = 1000
@@ -73,10 +73,10 @@ def judge(repeat: RepeatData, scenario: dict[str, Any], window: Window, summary:
         delay_p99=delay.p99 if delay else None,
         cpu_median=quantile(cpu, 0.5) if cpu else None,
         cpu_max=cpu[-1] if cpu else None,
-        cpu_full_share=sum(1 for used in cpu if used > CPU_FULL) / len(cpu) if cpu else None,
+        cpu_full_share=_bad(used > CPU_FULL for used in cpu),
         lag_p99=quantile(lags, 0.99) if lags else None,
         lag_max=lags[-1] if lags else None,
-        lag_bad_share=sum(1 for lag in lags if lag > lag_limit) / len(lags) if lags else None,
+        lag_bad_share=_bad(lag > lag_limit for lag in lags),
         events_per_second=max((float(second.events) for second in client), default=None),
         processes=len({second.process for second in repeat.client}) or 1,
     )
@@ -203,6 +203,13 @@ def _together(said: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str
         alike = f" (alike: {', '.join(str(other) for _, other in others)})" if others else ""
         result.append(f"Repeat {number}{alike}: {first}")
     return result
+
+
+def _bad(seconds: Iterable[bool]) -> float | None:
+    """The share of them that were bad, of which a single one does not count; None where there are none."""
+    known = list(seconds)
+    bad = sum(known)
+    return (bad / len(known) if bad > 1 else 0.0) if known else None
 
 
 def _ms(seconds: float) -> str:

@@ -169,6 +169,7 @@ def against(
             drawing.path(points, f"line t{curve.tone}")
         for spot in curve.spots:
             _spot(drawing, spot, curve.tone, lying, standing)
+    _marks(drawing, curves, lying, standing)
     legend = "".join(f'<span class="key t{curve.tone}"><i></i>{escape(curve.name)}</span>' for curve in curves)
     return (
         f'<figure class="plot"><figcaption><h4>{escape(title)}</h4><span class="legend">{legend}</span></figcaption>'
@@ -186,9 +187,33 @@ def _spot(drawing: Drawing, spot: Spot, tone: str, lying: Axis, standing: Axis) 
     if spot.kind == "best":
         drawing.dot(x, y, 9, f"ring t{tone}")
     drawing.dot(x, y, 4.5, f"{'hollow' if spot.kind == 'missed' else 'dot'} t{tone}", spot.about)
-    if spot.mark:
-        right = x < drawing.x1 - 60
-        drawing.text(x + 8 if right else x - 8, y + 13, spot.mark, "strong", "start" if right else "end")
+
+
+def _marks(drawing: Drawing, curves: Sequence[Curve], lying: Axis, standing: Axis) -> None:
+    """Beside their points, each on the first side where it covers no point and no other mark; else not at all."""
+    dots = [
+        (curve, spot, lying.place(spot.x[1]), standing.place(spot.y[1])) for curve in curves for spot in curve.spots
+    ]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for _, _, x, y in dots]
+    for curve, spot, x, y in dots:
+        wide = 7.0 * len(spot.mark)
+        for left, base, anchor in (
+            (x - wide / 2, y + 17, "middle"),
+            (x - wide / 2, y - 9, "middle"),
+            (x + 8, y + 4, "start"),
+            (x - 8 - wide, y + 4, "end"),
+        ):
+            box = (left, base - 9, left + wide, base + 1)
+            outside = left < drawing.x0 or left + wide > drawing.width or base > drawing.y0
+            if spot.mark and not outside and not any(_overlap(box, other) for other in taken):
+                place = {"middle": x, "start": left, "end": left + wide}[anchor]
+                drawing.text(place, base, spot.mark, f"mark-text t{curve.tone}", anchor)
+                taken.append(box)
+                break
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def bars(parts: Mapping[str, float], tone: str = "1") -> dict[str, str]:

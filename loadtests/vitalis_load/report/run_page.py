@@ -77,7 +77,7 @@ def _head(result: Result) -> str:
         f"<b>{escape(run.model)}</b> at {escape(run.url)}",
         f"<time>{began:%Y-%m-%d %H:%M} UTC</time>",
         f"run {escape(run.id)}",
-        f"commit {escape(run.commit[:19])}" if run.commit else "",
+        f"commit {escape(_short(run.commit))}" if run.commit else "",
     ]
     about = str(scenario.get("about") or "")
     return (
@@ -89,6 +89,12 @@ def _head(result: Result) -> str:
         + (f'<p class="about">{escape(run.note)}</p>' if run.note else "")
         + "</header>"
     )
+
+
+def _short(commit: str) -> str:
+    """As git abbreviates it, with the mark of changed files kept."""
+    number, plus, rest = commit.partition("+")
+    return number[:12] + plus + rest
 
 
 def lead(result: Result) -> str:

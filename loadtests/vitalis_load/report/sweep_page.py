@@ -139,9 +139,9 @@ def _points(sweep: Sweep, several: bool) -> str:
         best = " ★" if sweep.best is not None and point.load == sweep.best else ""
         words = f'<span class="words soft">{escape("; ".join(filter(None, remarks)))}</span>' if any(remarks) else ""
         rows.append((f"<b>{point.load:g}</b>{best}", *cells, kept, words))
-    heads = (f"#{sweep.unit}", *(f"#{FIGURES[key].title}" for key in COLUMNS), "SLO", "")
+    heads = (f"#load, {sweep.unit}", *(f"#{FIGURES[key].title}" for key in COLUMNS), "SLO", "")
     title = f"<h3>{escape(sweep.label)}</h3>" if several and sweep.label else ""
-    return title + shell.table(heads, rows)
+    return title + shell.table(heads, rows, kind="dense")
 
 
 def _cell(point: SweepPoint, key: str) -> str:
