@@ -4,12 +4,14 @@ Cells of the same options come together, since other options mean a restart; dir
 one after the other, so that their ratio is of the same minute.
 """
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from vitalis_load.overhead import WAYS, Way
+from vitalis_load.records import RunInfo
 from vitalis_load.searching import Point
 
 STREAMS: Final = (1, 32, 64, 128, 256, 512, 1024)
@@ -198,6 +200,29 @@ def table(measured: Sequence[Row]) -> str:
         ]
         lines.append("| " + " | ".join(cells_) + " |")
     return "\n".join(lines) + "\n"
+
+
+def ratios(measured: Sequence[Row]) -> list[str]:
+    """Over all loads of one shape and options, in a sentence each."""
+    groups: dict[str, list[float]] = {}
+    for row in measured:
+        if row.ratio is not None:
+            groups.setdefault(f"{row.shape}, {row.options}", []).append(row.ratio)
+    return [
+        f"{name}: output tokens/s through the gateway over direct {min(found):.3f} to {max(found):.3f},"
+        f" median {statistics.median(found):.3f}."
+        for name, found in groups.items()
+    ]
+
+
+def machine(run: RunInfo) -> str:
+    """What it was measured on and with."""
+    told = run.machine
+    gpus = ", ".join(str(gpu) for gpu in told.get("gpus", [])) or "no GPU"
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    return (
+        f"{told.get('cpu', 'a CPU')}, {told.get('cores', '?')} cores, {gpus}; {versions}; commit {run.commit or '?'}."
+    )
 
 
 def _ratio(points: Mapping[str, Point]) -> float | None:

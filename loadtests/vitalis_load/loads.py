@@ -134,8 +134,10 @@ def curve(
     label: str,
     notes: Sequence[str] = (),
     partial: str = "",
+    searched: bool = True,
 ) -> Sweep | None:
-    """All that was measured as one curve, from the runs' own results. None where nothing was."""
+    """All that was measured as one curve, from the runs' own results. None where nothing was. `searched`: False where
+    the loads were given, and nothing follows from where they end."""
     known = sweeping.latest(points)
     if not known:
         return None
@@ -148,9 +150,9 @@ def curve(
         run=results[0].run,
         slo=results[0].slo,
         points=[result.point(each.load, made, run=each.run) for each, made in zip(known, results, strict=True)],
-        saturation=found.saturation.load if found.saturation and found.saturated else None,
-        best=found.best.load if found.best else None,
-        conclusions=[found.said, *notes],
+        saturation=found.saturation.load if found.saturation and found.saturated and searched else None,
+        best=found.best.load if found.best and searched else None,
+        conclusions=[*([found.said] if searched else []), *notes],
         partial=bool(partial),
         partial_reasons=[partial] if partial else [],
     )

@@ -66,7 +66,7 @@ def bench_gpu(
     matrix = _Matrix(
         cells=cells, shapes=chosen, seconds=at_least, deadline=deadline, program=program, in_force=in_force,
         tuned=_tuned(tuned, rehearse), start_seconds=start_seconds, processes=processes or third_of_cores(),
-        where=where, journal=journal,
+        where=where, journal=journal, small=rehearse,
     )  # fmt: skip
     try:
         with given.kept(where):
@@ -84,8 +84,9 @@ class _Matrix:
     def __init__(
         self, *, cells: Sequence[Cell], shapes: Sequence[Shape], seconds: float, deadline: float, program: Program,
         in_force: InForce, tuned: dict[str, Any], start_seconds: float, processes: int, where: Path, journal: Journal,
+        small: bool,
     ) -> None:  # fmt: skip
-        self._cells, self._shapes = cells, {shape.name: shape for shape in shapes}
+        self._small, self._cells, self._shapes = small, cells, {shape.name: shape for shape in shapes}
         self._seconds, self._deadline, self._start_seconds = seconds, deadline, start_seconds
         self._processes, self._where, self._journal = processes, where, journal
         self._shelf = profiles.Shelf(where / "config", in_force)
@@ -100,7 +101,7 @@ class _Matrix:
             raise LoadFailure(f"--weights {asked}: must be real, dummy or auto")
         environ = surroundings()
         if not self._note:
-            note = "real weights"
+            note = "the configured model's own weights"
             if asked == "auto":
                 given.say("fetching the model (13.8 GB where it is not here yet)")
                 if problem := weights.fetch(self._plain, environ):
@@ -129,21 +130,29 @@ class _Matrix:
         return [by_cell[cell] for cell in self._cells if cell in by_cell]
 
     def conclude(self) -> None:
-        """The table, the page and the JSON, of whatever is known."""
+        """The table, a page for each shape, and the JSON, of whatever is known."""
         rows = gpu_matrix.rows(self._cells, self._outcomes)
         curves = list(self._curves())
         if not curves:
             return
-        table = gpu_matrix.table(rows)
+        run = curves[0].run
         left = len(gpu_matrix.remaining(self._cells, self._outcomes))
-        head = f"{curves[0].run.model}, {self._note}." + (
-            f" {left} of {len(self._cells)} cells are missing." if left else ""
-        )
-        document = {"schema": "vitalis-load-matrix/1", "weights": self._note, "rows": rows, "run": curves[0].run}
+        head = [
+            f"{run.model}, {self._note}.",
+            *(["A rehearsal: small lengths, a few streams; its figures say nothing of the real matrix."] * self._small),
+            *([f"{left} of {len(self._cells)} cells are missing."] if left else []),
+            *gpu_matrix.ratios(rows),
+            gpu_matrix.machine(run),
+        ]
+        document = {"schema": "vitalis-load-matrix/1", "weights": self._note, "rows": rows, "run": run}
         whole(self._where / "matrix.json", msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
-        whole(self._where / "matrix.md", f"{head}\n\n{table}".encode())
-        page = given.report(curves, self._where, title="The matrix", evidence=head)
-        given.say(f"\n{head}\n\n{table}\nreport: {page}")
+        text = "\n\n".join([*head, gpu_matrix.table(rows)])
+        whole(self._where / "matrix.md", text.encode())
+        for shape in self._shapes:
+            mine = [curve for curve in curves if curve.label.startswith(f"{shape}, ")]
+            if mine:
+                given.report(mine, self._where / shape, title=f"The matrix: {shape}", evidence="\n".join(head))
+        given.say(f"\n{text}\nreports: {self._where}/*/report.html; table: {self._where / 'matrix.md'}")
 
     def _with_options(self, options: str, cells: Sequence[Cell]) -> None:
         """Every cell of one engine; where the engine ends, it is started once more for those after."""
@@ -212,7 +221,9 @@ class _Matrix:
         for label, outcomes in groups.items():
             points = [outcome.point for outcome in outcomes if outcome.point is not None]
             bounds = Bounds(unit="users", first=points[0].load, most=points[-1].load)
-            made = loads.curve(self._where / "runs", points, bounds, identity=self._where.name, label=label)
+            made = loads.curve(
+                self._where / "runs", points, bounds, identity=self._where.name, label=label, searched=False
+            )
             if made is not None:
                 yield made
 
