@@ -13,16 +13,8 @@ from simulator.calls import LEAKED
 from simulator.requests import Work
 from simulator.rules import Rule
 from simulator.schedule import Sequence
-from simulator.shapes import (
-    BODIES,
-    ID_PREFIXES,
-    WRITERS,
-    Answer,
-    MessageWriter,
-    ResponseWriter,
-    Writer,
-    error_body,
-)
+from simulator.shapes import BODIES, ID_PREFIXES, Answer, error_body
+from simulator.writers import WRITERS, MessageWriter, ResponseWriter, Writer
 
 if TYPE_CHECKING:
     from simulator.connection import Connection, Request

@@ -14,18 +14,20 @@ Prompts of others were computed in the steps just before their first tokens; how
 and three rounds are enough.
 """
 
-import bisect
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from simulator.courses import Course, pieces
 from simulator.regression import Row, Solution, Undetermined, fit, predict
 from simulator.speed import Speed
 
 FEWEST = 30  # requests
 SHORTEST = 12  # tokens of an answer that is used for a row
 _ROUNDS = 3
+_SETTLING = 3
 _FEWEST_ALONE = 8
 _NOISE_SECONDS, _NOISE_SHARE = 0.004, 0.01  # what to expect of one row's error
 _SPREAD = 1.5  # the batch must vary by this much, p95 to p5
@@ -57,16 +59,15 @@ class Served:
     context: int
     hidden: int = 0
     usable: bool = True
+    began: float = field(init=False)  # when the engine had its first token, as far as it is known
+
+    def __post_init__(self) -> None:
+        self.began = max(self.sent, self.first - self.hidden * self.pace)
 
     @property
     def pace(self) -> float:
         """Seconds a token."""
         return (self.ended - self.first) / max(1, self.tokens - 1 - self.hidden)
-
-    @property
-    def began(self) -> float:
-        """When the engine had its first token."""
-        return max(self.sent, self.first - self.hidden * self.pace)
 
 
 @dataclass(slots=True)
@@ -86,42 +87,7 @@ class Fit:
     notes: list[str] = field(default_factory=list)
 
 
-class _Course:
-    """How much there was of several things up to a moment, each coming evenly between its changes."""
-
-    def __init__(self, pieces: Iterable[tuple[float, Row]]) -> None:
-        """`pieces`: a time, and how much of each comes a second from then on; in the order of time."""
-        self._times: list[float] = []
-        self._rates: list[Row] = []
-        self._sums: list[Row] = []
-        for at, rates in pieces:
-            self._sums.append(self.until(at) if self._times else (0.0,) * len(rates))
-            self._times.append(at)
-            self._rates.append(rates)
-
-    def until(self, when: float) -> Row:
-        at = max(0, bisect.bisect_right(self._times, when) - 1)
-        passed = max(0.0, when - self._times[at])
-        return tuple(total + passed * rate for total, rate in zip(self._sums[at], self._rates[at], strict=True))
-
-    def between(self, begin: float, end: float) -> Row:
-        return tuple(max(0.0, b - a) for a, b in zip(self.until(begin), self.until(end), strict=True))
-
-
-def _pieces(parts: Iterable[tuple[float, float, Row]], count: int) -> Iterator[tuple[float, Row]]:
-    """Of parts (from, to, how much a second of each of `count` things) that may overlap: their sums, by time."""
-    changes = []
-    for begin, end, rates in parts:
-        changes += [(begin, rates), (end, tuple(-rate for rate in rates))]
-    changes.sort()
-    now = (0.0,) * count
-    yield -math.inf if not changes else changes[0][0] - 1, now
-    for at, change in changes:
-        now = tuple(a + b for a, b in zip(now, change, strict=True))
-        yield at, now
-
-
-def _running(served: Iterable[Served]) -> _Course:
+def _running(served: Iterable[Served]) -> Course:
     """Steps of the engine, and over those steps the sum of the sequences that decoded and that of their contexts.
 
     How many decode is known at each moment. How quick the steps were is not, but what their paces were over a whole
@@ -131,9 +97,9 @@ def _running(served: Iterable[Served]) -> _Course:
         for one in served
         if one.tokens > 1 and one.ended > one.began
     ]
-    return _Course(
+    return Course(
         (at, (paces / count, paces, paces / count * context) if count > 0.5 else (0.0, 0.0, 0.0))
-        for at, (paces, count, context) in _pieces(parts, 3)
+        for at, (paces, count, context) in pieces(parts, 3)
     )
 
 
@@ -155,9 +121,13 @@ def find(repeats: Sequence[Sequence[Served]], step_tokens: int = 2048) -> Fit:
             f"{usable} streamed answers of {SHORTEST} tokens and more that ended well and said their usage are too "
             f"few to fit a speed to: record at least {FEWEST}, better some hundreds"
         )
+    for one in itertools.chain.from_iterable(repeats):
+        one.__post_init__()
     paces = sorted(one.pace for repeat in repeats for one in repeat if one.usable)
     known = Speed(paces[len(paces) // 20], 0.0, 0.0)  # of the round before
-    for _ in range(_ROUNDS):
+    for turn in range(_ROUNDS):
+        for repeat in repeats if turn else ():
+            _settle(repeat, known, step_tokens)
         rows = [row for repeat in repeats for row in _rows(repeat, known, step_tokens)]
         batch = _range(one.row[1] / one.row[0] for one in rows if one.decode)
         if batch[1] < batch[0] * _SPREAD:
@@ -178,16 +148,43 @@ def find(repeats: Sequence[Sequence[Served]], step_tokens: int = 2048) -> Fit:
     return _judge(solution, columns, rows, batch)
 
 
+def _settle(served: Sequence[Served], known: Speed, step_tokens: int) -> None:
+    """When the engine had each first token, where the first that was seen came some steps later: those steps, and the
+    prompts of others that were computed in them."""
+    if not known.prefill_tokens_per_second or not any(one.hidden for one in served):
+        return
+    for _ in range(_SETTLING):
+        running = _running(served)
+        parts = [list(_computed(one, running, known, step_tokens)) for one in served]
+        prompts = _prompts(itertools.chain.from_iterable(parts))
+        for one, own in zip(served, parts, strict=True):
+            if one.hidden:
+                ticks, sequences, _ = running.between(one.began, one.first)
+                batch = sequences / ticks if ticks else 1.0
+                steps = one.hidden * (known.decode_step_seconds + batch * known.per_sequence_seconds)
+                mine = sum(
+                    amount * max(0.0, end - max(begin, one.began)) / (end - begin) for begin, end, amount in own
+                )  # fmt: skip
+                others = max(0.0, prompts.between(one.began, one.first)[0] - mine)
+                found = one.first - steps - others / known.prefill_tokens_per_second
+                one.began = min(one.first, max(one.sent, (one.began + found) / 2))
+
+
+def _prompts(parts: Iterable[tuple[float, float, float]]) -> Course:
+    return Course(pieces([(begin, end, (amount / (end - begin),)) for begin, end, amount in parts], 1))
+
+
 def _rows(served: Sequence[Served], known: Speed, step_tokens: int) -> Iterator[_Measured]:
     running = _running(served)
-    chunks = [part for one in served for part in _computed(one, running, known, step_tokens)]
-    prompts = _Course(_pieces([(begin, end, (amount / (end - begin),)) for begin, end, amount in chunks], 1))
-    here = _Course(_pieces([(one.sent, one.ended, (1.0,)) for one in served], 1))  # requests x seconds
+    prompts = _prompts(part for one in served for part in _computed(one, running, known, step_tokens))
+    here = Course(pieces([(one.sent, one.ended, (1.0,)) for one in served], 1))  # requests x seconds
     for one in served:
         if not one.usable:
             continue
         steps = one.tokens - 1 - one.hidden
         ticks, sequences, context = running.between(one.first, one.ended)
+        if not ticks or steps < SHORTEST - 1:
+            continue
         prompt = prompts.between(one.first, one.ended)[0]
         row = steps, max(1.0, sequences / ticks) * steps, prompt, 0.0, context / ticks * steps
         yield _Measured(row, one.ended - one.first, decode=True)
@@ -196,7 +193,7 @@ def _rows(served: Sequence[Served], known: Speed, step_tokens: int) -> Iterator[
             yield _Measured((math.ceil(one.prompt / step_tokens), 0.0, one.prompt, 1.0, 0.0), wait, decode=False)
 
 
-def _computed(one: Served, running: _Course, known: Speed, step_tokens: int) -> Iterator[tuple[float, float, float]]:
+def _computed(one: Served, running: Course, known: Speed, step_tokens: int) -> Iterator[tuple[float, float, float]]:
     """When its prompt was computed: in the step that ended with its first token, and what did not fit into it in
     those before. As a part in the middle of each step, so that no other's first or last token falls into it."""
     ticks, sequences, _ = running.between(one.began - one.pace, one.began)

@@ -7,7 +7,7 @@ prefix go to the same replica while that has a seat (rendezvous hashing), others
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -170,9 +170,3 @@ class Fleet:
 
 def _draw(group: int, replica: int) -> bytes:
     return blake2b(b"%d %d" % (group, replica), digest_size=8).digest()
-
-
-def finish(fleet: Fleet, jobs: Iterable[Job], until: float) -> None:
-    """Runs to the end without telling anybody."""
-    for _ in fleet.run(list(jobs), until):
-        pass
