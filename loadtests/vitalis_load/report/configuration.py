@@ -108,11 +108,17 @@ def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str
         if isinstance(value, Mapping):
             yield from flat(value, f"{path}.")
         elif isinstance(value, (list, tuple)):
-            yield path, ", ".join(str(item) for item in value)
+            yield path, "; ".join(_inner(item) for item in value)
+        elif isinstance(value, bool):
+            yield path, "yes" if value else "no"
         elif name.endswith("_bytes") and isinstance(value, (int, float)):
             yield path.removesuffix("_bytes"), numbers.size(float(value))
         elif value is not None:
             yield path, str(value)
+
+
+def _inner(item: Any) -> str:
+    return ", ".join(f"{name} {value}" for name, value in flat(item)) if isinstance(item, Mapping) else str(item)
 
 
 def _headed(title: str, content: str) -> str:

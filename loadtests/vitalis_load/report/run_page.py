@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from html import escape
 
 from vitalis_load.figures import FIGURES
+from vitalis_load.honesty import REQUESTS_FOR_P99
 from vitalis_load.report import configuration, numbers, shell
 from vitalis_load.report.distribution_section import distributions
 from vitalis_load.report.load_section import load_against_latency
@@ -170,9 +171,12 @@ def _slo(result: Result) -> str:
 def _repeats(result: Result) -> str:
     heads = ["", *(f"#{repeat.number}" for repeat in result.repeats), "#median", "#95 % interval"]
     rows = []
+    # Of fewer than a thousand it is the largest one.
+    few = min(repeat.summary.requests for repeat in result.repeats) < REQUESTS_FOR_P99
+    left_out = ("_min", "_max", "_mean", "_p90", "_p95", *(("_p99_9",) if few else ()))
     for key, figure in FIGURES.items():
         over = result.figures.get(key)
-        if over is None or key.endswith(("_min", "_max", "_mean", "_p90", "_p95")):
+        if over is None or key.endswith(left_out):
             continue
         values = [numbers.of(value, figure.unit) for value in over.values]
         if len(values) < len(result.repeats):
