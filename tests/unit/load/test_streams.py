@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulator import shapes
+from simulator import shapes, writers
 from simulator.answers import chat_layout, completion_layout
 from simulator.schedule import Sequence
 from vitalis_load import streams, wire
@@ -362,7 +362,7 @@ def answer(api: str, tokens: int, finish: str, call: str = "") -> tuple[Any, Any
     made = shapes.Answer(api, shapes.ID_PREFIXES[api] + "1", "m", 1, layout, finish)
     made.include_usage, made.call = True, call
     made.sequence = Sequence(None, 50, tokens)
-    return shapes.WRITERS[api](made), made.sequence
+    return writers.WRITERS[api](made), made.sequence
 
 
 APIS = st.sampled_from(streams.APIS)
