@@ -40,42 +40,40 @@ class ResponseWriter:
                 self._event("response.in_progress", response=response)]  # fmt: skip
 
     def token(self, number: int) -> list[bytes]:
-        return self.group(number, number)
-
-    def group(self, first: int, last: int) -> list[bytes]:
+        index = number - 1
         events: list[bytes] = []
-        think, thought = (
-            max(first - 1, self._think_from) - self._think_from,
-            min(last, self._think_to) - self._think_from,
-        )
-        if thought > think:
-            if think == 0:
+        if self._think_from <= index < self._think_to:
+            at = index - self._think_from
+            if at == 0:
                 events += self._open_reasoning()
-            delta = thoughts(think, thought)
+            delta = thoughts(at, at + 1)
             events.append(self._part_event("reasoning_text.delta", self._reasoning_id, 0, delta=delta))
-            if last >= self._think_to:
+            if index + 1 == self._think_to:
                 events += self._close_reasoning()
-        say, said = max(first - 1, self._say_from) - self._say_from, min(last, self._say_to) - self._say_from
-        if said <= say:
-            return events
-        if self.answer.call:
-            return events + self._arguments(say, said)
-        if say == 0:
-            events += self._open_message()
-        leaked = LEAK_PIECES if self.answer.leak and say == 0 else ()
-        at = self._message_at
-        for delta in (*leaked, words(say, said)):
-            events.append(self._part_event("output_text.delta", self._message_id, at, delta=delta, logprobs=[]))
+        elif self._say_from <= index < self._say_to:
+            at = index - self._say_from
+            if self.answer.call:
+                return events + self._argument(at)
+            if at == 0:
+                events += self._open_message()
+            leaked = LEAK_PIECES if self.answer.leak and at == 0 else ()
+            for delta in (*leaked, words(at, at + 1)):
+                where = self._message_at
+                events.append(self._part_event("output_text.delta", self._message_id, where, delta=delta, logprobs=[]))
         return events
 
-    def _arguments(self, begin: int, end: int) -> list[bytes]:
-        """Tokens of a tool call's arguments; the first announces the call."""
+    def group(self, first: int, last: int) -> list[bytes]:
+        """This API alone tells every token by an event of its own, also where they come several at a time."""
+        return [event for number in range(first, last + 1) for event in self.token(number)]
+
+    def _argument(self, index: int) -> list[bytes]:
+        """A token of a tool call's arguments; the first announces the call."""
         answer, at, identity = self.answer, self._message_at, self.answer.id.removeprefix("resp_")
         events = []
-        if begin == 0:
+        if index == 0:
             item = calls.response_item(identity, answer.call, "", "in_progress")
             events.append(self._event("response.output_item.added", item=item, output_index=at))
-        delta = "".join(calls.piece(index, answer.layout.content, answer.whole) for index in range(begin, end))
+        delta = calls.piece(index, answer.layout.content, answer.whole)
         kind = "response.function_call_arguments.delta"
         return [*events, self._event(kind, delta=delta, item_id=f"fc_{identity}", output_index=at)]
 

@@ -1,7 +1,8 @@
 """Who writes the events of each API's streams.
 
 A writer is made for each request; `opening`, `token` and `closing` return whole SSE events, without HTTP framing.
-`group` is for an engine that tells several tokens at once (`--stream-interval`): what they have in common is one event.
+`group` is for an engine that tells several tokens at once (`--stream-interval`): in one event (Messages: one of each
+sort; Responses: one of each token).
 The parts of an event that do not change are encoded once a request, because tens of thousands are made a second.
 """
 

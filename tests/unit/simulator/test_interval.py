@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import anthropic
 import openai
 import pytest
-from simulator.answers import chat_layout, content_text, reasoning_text
+from simulator.answers import Layout, chat_layout, content_text, reasoning_text
+from simulator.schedule import Sequence
+from simulator.shapes import Answer
+from simulator.writers import WRITERS
 
 from tests.support import client, simulator
 from tests.support.simulator import Simulator
@@ -85,7 +88,9 @@ def test_responses_and_messages(engine: Simulator, openai_client: openai.OpenAI,
     events = list(openai_client.responses.create(
         model="gpt-oss-20b", input="What now?", stream=True, extra_body=extra
     ))  # fmt: skip
-    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert len(deltas) == layout.content  # as vLLM: this API has an event for each token all the same
+    text = "".join(deltas)
     assert text == content_text(layout.content) == events[-1].response.output_text
     thought = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
     assert thought == reasoning_text(layout.reasoning)
@@ -101,6 +106,24 @@ def test_responses_and_messages(engine: Simulator, openai_client: openai.OpenAI,
         layout.reasoning
     )
     assert message.usage.output_tokens == tokens
+
+
+# A recorded answer of vLLM 0.32 with --stream-interval 4: 25 tokens, of them 8 reasoning, 7 content.
+RECORDED = [("reasoning", 2), ("reasoning", 4), ("reasoning", 2), ("content", 4), ("content", 3)]
+
+
+def test_groups_are_where_vllm_has_them() -> None:
+    layout = Layout(3, 8, 6, 7, 1)
+    answer = Answer("chat", "chatcmpl-1", "m", 1, layout, "stop")
+    answer.sequence = Sequence(None, 74, layout.total)
+    writer, told = WRITERS["chat"](answer), []
+    for first, last in ((1, 1), (2, 5), (6, 9), (10, 13), (14, 17), (18, 21), (22, 25)):
+        for event in writer.group(first, last):
+            choice = json.loads(event.removeprefix(b"data: "))["choices"][0]
+            told += [(name, text) for name, text in choice["delta"].items() if name != "role"]
+    assert [(name, len(text.split())) for name, text in told if text] == RECORDED
+    assert choice["finish_reason"] == "stop"  # with the last text, not behind it
+    assert len(writer.closing()) == 1
 
 
 def test_a_stalled_stream_goes_on_where_it_stood(engine: Simulator) -> None:
