@@ -9,6 +9,7 @@ import msgspec
 from vitalis_load import result, runs, sweeping
 from vitalis_load.arrivals import Constant, Poisson, Users
 from vitalis_load.errors import LoadFailure
+from vitalis_load.metrics import Verdict
 from vitalis_load.result import Result, Sweep
 from vitalis_load.scenario import Scenario
 from vitalis_load.searching import Point, Step, Unit
@@ -103,7 +104,7 @@ def point(made: Result, load: float, run: str) -> Point:
         e2e_p50_ms=milliseconds("e2e_p50"),
         e2e_p99_ms=milliseconds("e2e_p99"),
         slo_met=made.met,
-        missed=[_missed(verdict.name, verdict.value, verdict.limit) for verdict in made.verdicts if not verdict.ok],
+        missed=[_missed(verdict) for verdict in made.verdicts if not verdict.ok],
         client_bound="; ".join(made.honesty.reasons) if made.honesty.client_bound else "",
         spread=(goodput.max - goodput.min) / goodput.median if goodput and goodput.median else 0.0,
         repeats=len(made.repeats),
@@ -166,7 +167,9 @@ def as_point(entry: object) -> Point:
 _UNITS = {"_ms": " ms", "share": "", "goodput": " requests/s", "second": " tokens/s"}
 
 
-def _missed(name: str, value: float | None, limit: float) -> str:
-    unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
-    words = name.removesuffix("_ms").replace("_", " ").replace("ttft", "TTFT").replace("tpot", "TPOT")
-    return f"{words} {'none' if value is None else f'{value:.4g}{unit}'}, not {limit:.4g}{unit}"
+def _missed(verdict: Verdict) -> str:
+    unit = next((unit for end, unit in _UNITS.items() if verdict.name.endswith(end)), "")
+    words = verdict.name.removesuffix("_ms").replace("_", " ").replace("ttft", "TTFT").replace("tpot", "TPOT")
+    whose = f"{verdict.task}: " if verdict.task else ""
+    got = "none" if verdict.value is None else f"{verdict.value:.4g}{unit}"
+    return f"{whose}{words} {got}, not {verdict.limit:.4g}{unit}"

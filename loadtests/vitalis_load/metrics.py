@@ -93,6 +93,13 @@ class Part(msgspec.Struct, kw_only=True):
     e2e: Spread | None
 
 
+# Of whom nothing was asked.
+NOTHING = Part(
+    requests=0, succeeded=0, failed=0, unfinished=0, failures={}, good=0, goodput=0.0, good_share=None,
+    failed_share=None, output_tokens_per_second=0.0, ttft=None, tpot=None, e2e=None,
+)  # fmt: skip
+
+
 class Summary(Part, kw_only=True):
     """One repeat. Rates are those of the window; `*_whole` of everything from the first byte sent to the last read."""
 
@@ -132,6 +139,7 @@ class Verdict(msgspec.Struct):
     limit: float
     value: float | None
     ok: bool
+    task: str = ""  # whose limit it is; "" for the run's
 
 
 # -- of one request
@@ -339,8 +347,8 @@ def summarise(records: Sequence[Record], gaps: Histogram | None, window: Window,
     )
 
 
-def check(summary: Summary, slo: Slo) -> list[Verdict]:
-    """One verdict for each limit of the run. Where nothing was measured, nothing was kept."""
+def check(summary: Part, slo: Slo) -> list[Verdict]:
+    """One verdict for each limit, of a whole run or of a part. Where nothing was measured, nothing was kept."""
 
     def p99(of: Spread | None) -> float | None:
         return None if of is None else of.p99 * 1e3
@@ -425,7 +433,7 @@ def _drift(well: Iterable[Record]) -> float | None:
 
 
 def _cached_share(well: Sequence[Record]) -> float | None:
-    """vLLM's chat leaves the detail out where nothing was cached: of an API that said it once, no word is zero."""
+    """Some servers leave the detail out where nothing was cached: of an API that said it once, no word is zero."""
     telling = {record.api for record in well if record.cached_tokens is not None}
     told = [record for record in well if record.api in telling and record.prompt_tokens is not None]
     return _share(sum(r.cached_tokens or 0 for r in told), sum(r.prompt_tokens or 0 for r in told))

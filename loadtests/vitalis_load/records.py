@@ -30,7 +30,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     api: str  # chat, completions, responses, messages
     stream: bool = True
     tenant: str = ""  # the scenario's name for whose credential was used
-    klass: str = ""  # the class asked for: emergency, high, normal, low; "" for the key's own
+    klass: str = ""  # the class asked for: emergency, interactive, standard, batch; "" for the key's own
     process: int = 0
     turn: int = 0  # of a conversation, from 0
     scheduled: float  # when it should have been sent; `sent` for closed users

@@ -61,7 +61,7 @@ class Result(msgspec.Struct, kw_only=True):
     partial_reasons: list[str]
     honesty: Honesty
     slo: Slo
-    verdicts: list[Verdict]  # of the medians over the repeats
+    verdicts: list[Verdict]  # of the medians over the repeats: the run's limits, then each task's own
     figures: dict[str, Estimate]
     failures: list[Failure]
     distributions: dict[str, Distribution]  # ttft, ttfo, tpot, gaps, e2e; of all repeats together
@@ -143,7 +143,7 @@ def point(load: float, result: Result, *, note: str = "", run: str = "") -> Swee
         load=load,
         figures=result.figures,
         met=result.met,
-        missed=[verdict.name for verdict in result.verdicts if not verdict.ok],
+        missed=[f"{verdict.task} {verdict.name}".strip() for verdict in result.verdicts if not verdict.ok],
         client_bound=result.honesty.client_bound,
         partial=result.partial,
         note=note,
@@ -196,7 +196,7 @@ def made_of(run: Repeats) -> Result:
         partial_reasons=reasons,
         honesty=honesty.over([repeat.honesty for repeat in repeats], [repeat.number for repeat in repeats]),
         slo=slo,
-        verdicts=_verdicts([repeat.summary for repeat in repeats], slo),
+        verdicts=list(_verdicts([repeat.summary for repeat in repeats], slo, _of_tasks(run.info.scenario))),
         figures=figures.over_repeats(repeat.summary for repeat in repeats),
         failures=_failures([record for records in inside for record in records]),
         distributions=distributions([record for records in inside for record in records], gaps),
@@ -206,10 +206,20 @@ def made_of(run: Repeats) -> Result:
 
 def asked(scenario: dict[str, Any]) -> Slo:
     """The SLO of a RunInfo's scenario. Raises LoadFailure where it is none."""
+    return _slo(scenario.get("slo"), "the run's SLO")
+
+
+def _of_tasks(scenario: dict[str, Any]) -> dict[str, Slo]:
+    """Of the tasks that have one."""
+    tasks = [task for task in scenario.get("tasks") or () if task.get("slo")]
+    return {task["name"]: _slo(task["slo"], f"the SLO of the task {task['name']}") for task in tasks}
+
+
+def _slo(given: Any, whose: str) -> Slo:
     try:
-        return msgspec.convert(scenario.get("slo") or {}, type=Slo)
+        return msgspec.convert(given or {}, type=Slo)
     except msgspec.ValidationError as error:
-        raise LoadFailure(f"the run's SLO cannot be used: {error}") from None
+        raise LoadFailure(f"{whose} cannot be used: {error}") from None
 
 
 def window(repeat: RepeatData, scenario: dict[str, Any]) -> Window:
@@ -262,16 +272,22 @@ def _gaps(repeat: RepeatData, measured: Window) -> Histogram:
     return total
 
 
-def _verdicts(summaries: list[Summary], slo: Slo) -> list[Verdict]:
+def _verdicts(summaries: list[Summary], slo: Slo, tasks: dict[str, Slo]) -> Iterable[Verdict]:
     """Each limit against the median over the repeats. It holds where it does in more than half of them."""
-    checked = [metrics.check(summary, slo) for summary in summaries]
-    verdicts = []
+    yield from _judged([metrics.check(summary, slo) for summary in summaries])
+    for name, own in tasks.items():
+        # a task that asked nothing within the window has kept nothing
+        parts = [summary.by_task.get(name) or metrics.NOTHING for summary in summaries]
+        for verdict in _judged([metrics.check(part, own) for part in parts]):
+            yield msgspec.structs.replace(verdict, task=name)
+
+
+def _judged(checked: list[list[Verdict]]) -> Iterable[Verdict]:
     for same in zip(*checked, strict=True):
         values = [verdict.value for verdict in same if verdict.value is not None]
         held = sum(verdict.ok for verdict in same)
         median = statistics.median(values) if values else None
-        verdicts.append(msgspec.structs.replace(same[0], value=median, ok=held * 2 > len(same)))
-    return verdicts
+        yield msgspec.structs.replace(same[0], value=median, ok=held * 2 > len(same))
 
 
 def _failures(records: list[Record]) -> list[Failure]:

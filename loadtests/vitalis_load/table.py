@@ -32,7 +32,8 @@ def text(result: Result) -> str:
         lines.append("  ".join(cells).rstrip())
     for verdict in result.verdicts:
         value = "nothing measured" if verdict.value is None else f"{verdict.value:.4g}"
-        lines.append(f"SLO {verdict.name} {verdict.limit:g}: {value} {'ok' if verdict.ok else 'MISSED'}")
+        name = f"{verdict.task}: {verdict.name}" if verdict.task else verdict.name
+        lines.append(f"SLO {name} {verdict.limit:g}: {value} {'ok' if verdict.ok else 'MISSED'}")
     for failure in result.failures:
         lines.append(f"failed: {failure.error} x {failure.count} ({numbers.share(failure.share)}): {failure.detail}")
     lines += [f"note: {note}" for note in result.honesty.notes]

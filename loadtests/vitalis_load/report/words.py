@@ -28,6 +28,7 @@ def limit_title(name: str) -> str:
 def limit_words(verdict: Verdict) -> tuple[str, str, str]:
     """What it is called, what was asked for, what was measured."""
     title, unit, _ = LIMITS.get(verdict.name, (verdict.name, "", ""))
+    title = f"{verdict.task}: {title}" if verdict.task else title
     factor = 0.001 if verdict.name.endswith("_ms") else 1.0
     sign = "at least" if verdict.name.startswith("min_") else "at most"
     limit = f"{sign} {numbers.tick(verdict.limit * factor, unit)}"

@@ -156,6 +156,26 @@ def test_a_limit_holds_where_it_does_in_most_repeats(tmp_path: Path) -> None:
         assert made.verdicts[0].value == pytest.approx(sorted(tails)[1] * 1000)
 
 
+def test_tasks_have_limits_of_their_own(tmp_path: Path) -> None:
+    folder = measured.write(tmp_path / "tasks", Server(), SMALL)
+    tail = result.build(folder).repeats[0].summary.by_task["chat"].ttft
+    assert tail is not None
+    information = json.loads((folder / "run.json").read_bytes())
+    information["scenario"] |= {"slo": {}}
+    information["scenario"]["tasks"][0]["slo"] = {"ttft_p99_ms": 1e6, "tpot_p99_ms": 1e-3}
+    information["scenario"]["tasks"].append({"name": "never asked", "slo": {"failed_share": 0}})
+    (folder / "run.json").write_text(json.dumps(information))
+    made = result.build(folder)
+    assert [(verdict.task, verdict.name, verdict.ok) for verdict in made.verdicts] == [
+        ("chat", "ttft_p99_ms", True), ("chat", "tpot_p99_ms", False), ("never asked", "failed_share", False),
+    ]  # fmt: skip
+    assert not made.met
+    page.write(made, folder / "report.html")
+    text = (folder / "report.html").read_text()
+    assert "chat: TPOT p99 was" in text
+    assert "never asked: failed of all was not measured" in text
+
+
 def test_timelines_count_every_token_and_request_once() -> None:
     dice = random.Random(3)
     records = []
