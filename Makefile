@@ -2,7 +2,7 @@
 PYTHON ?= python3
 CONFIG ?= config/gpt-oss.yaml
 SCENARIO ?= short-chat
-SCALE ?= full
+SCALE ?= small
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -54,7 +54,7 @@ bench:  ## the gateway's cost per request and event, measured on this machine
 	else echo "limits in Redis: not measured, redis-server is not installed"; fi; \
 	exec $(IN)/python tests/bench/overhead.py $(ARGS)
 
-load:  ## SCENARIO (short-chat) in SCALE (full, or small for a CPU) against a running `make serve`, and its report
+load:  ## SCENARIO (short-chat) against a running `make serve`, with a report; SCALE=full for a GPU
 	@$(LOAD); exec .venv/load/bin/vitalis-load run $(SCENARIO) --scale $(SCALE) $(ARGS)
 
 locust:  ## the same scenario in Locust's web UI, http://127.0.0.1:8089

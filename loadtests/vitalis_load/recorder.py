@@ -1,5 +1,6 @@
 """Writes a repeat's folder while it is measured. Whole lines only: what a full disk cut is taken back."""
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -66,7 +67,8 @@ class Recorder:
         except OSError as error:
             # What fitted of the whole lines stays; a torn one would be counted as unread.
             whole = lines.rfind(b"\n", 0, written) + 1
-            os.ftruncate(descriptor, before + whole)
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, before + whole)
             raise _cannot(self.folder, error) from None
 
 
