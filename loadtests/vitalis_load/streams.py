@@ -153,8 +153,12 @@ class Reader:
 
 def data_of(block: bytes) -> bytes | None:
     """The data of one event (without its blank line), b"" where it has none; None where it is no event."""
-    if block.startswith(b"data: ") and block.find(b"\n") < 0:
-        return block[6:]
+    end = block.find(b"\n")
+    if end < 0:
+        if block.startswith(b"data: "):
+            return block[6:]
+    elif block.startswith(b"event: ") and block.startswith(b"data: ", end + 1) and block.find(b"\n", end + 1) < 0:
+        return block[end + 7 :]
     lines = [line for line in block.split(b"\n") if line]
     if lines and not any(line.startswith((b"data", b"event", b":", b"id", b"retry")) for line in lines):
         return None

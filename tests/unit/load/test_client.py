@@ -1,7 +1,10 @@
 """One connection against a server that does exactly what it is told, on a real socket."""
 
 import contextlib
+import datetime
+import ipaddress
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -11,6 +14,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from vitalis_load import client, streams
 from vitalis_load.records import Record
 
@@ -96,13 +102,16 @@ class Server:
                 return
             self.connections += 1
             connection.settimeout(5)
-            with contextlib.suppress(OSError), connection:
+            with contextlib.suppress(OSError), connection, self._dress(connection) as connection:
                 for acts in script:
                     if not self._request(connection):
                         break
                     for act in acts:
                         act(connection)
         self._listener.close()
+
+    def _dress(self, connection: socket.socket) -> socket.socket:
+        return connection
 
     def _request(self, connection: socket.socket) -> bool:
         data = b""
@@ -342,6 +351,61 @@ def test_abandoned(serve: Any) -> None:
 
 def test_over_a_unix_socket(serve: Any, tmp_path: Path) -> None:
     assert serve([[say(WHOLE)]], path=tmp_path / "s").ask().error == ""
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A key and a certificate of its own for 127.0.0.1, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "load")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    pem = serialization.Encoding.PEM
+    path.write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()) + made.public_bytes(pem)
+    )
+    return path
+
+
+class Guarded(Server):
+    """The same behind TLS."""
+
+    def __init__(self, certificate: Path, *scripts: list[list[Act]]) -> None:
+        self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self._context.load_cert_chain(certificate)
+        super().__init__(*scripts)
+        self.address = self.address.replace("http:", "https:")
+
+    def _dress(self, connection: socket.socket) -> socket.socket:
+        return self._context.wrap_socket(connection, server_side=True)
+
+
+def test_over_tls(certificate: Path) -> None:
+    server = Guarded(certificate, [[say(WHOLE)], [say(WHOLE), shut]], [[say(WHOLE)]], [[]])
+    asked = Asked(server)
+    asked.connection = client.Connection(server.address, tls=ssl.create_default_context(cafile=str(certificate)))
+    for _ in range(3):
+        record = asked.ask()
+        assert (record.error, record.chunks) == ("", 2)
+        time.sleep(0.05)
+    assert asked.connection.opened == 2, "kept, and opened anew where it was closed"
+    asked.connection.close()
+    asked.connection = client.Connection(server.address)
+    record = asked.ask()
+    assert record.error == "connect"
+    assert "certificate verify failed" in record.detail
+    server.end()
 
 
 def test_every_cut_of_the_bytes_gives_the_same(serve: Any) -> None:
