@@ -20,38 +20,51 @@ FIRST_KEY = "first-key"
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
-class _Place(msgspec.Struct):
+class Place(msgspec.Struct):
     host: str
     port: int
 
 
-class _Replica(msgspec.Struct):
+class Replica(msgspec.Struct):
     name: str
     address: str
+    state: str = ""
+    models: list[str] = []
+    detail: str = ""  # why it failed
 
 
-class _Fleet(msgspec.Struct):
-    replicas: list[_Replica] = []
+class Process(msgspec.Struct):
+    name: str
+    kind: str  # worker, control, engine
+    pid: int | None
 
 
-class _Status(msgspec.Struct):
-    gateway: _Place
+class Fleet(msgspec.Struct):
+    replicas: list[Replica] = []
+
+
+class Status(msgspec.Struct):
+    """What a supervisor says of its tree; more is passed over."""
+
+    gateway: Place
     control: Any = ""
-    fleet: _Fleet = msgspec.field(default_factory=_Fleet)
+    fleet: Fleet = msgspec.field(default_factory=Fleet)
+    children: list[Process] = []
+    pid: int = 0  # the supervisor's
 
 
 def find(data_folder: Path, *, key: str = "", model: str = "") -> Target:
     """The server that runs on this data folder; its first key where none is given. Raises LoadFailure."""
-    status = _status(data_folder)
-    host = EVERYWHERE.get(status.gateway.host, status.gateway.host)
+    found = status(data_folder)
+    host = EVERYWHERE.get(found.gateway.host, found.gateway.host)
     token = _read(data_folder / "control.token")
     return Target(
-        url=f"http://{host}:{status.gateway.port}",
+        url=f"http://{host}:{found.gateway.port}",
         model=model,
         keys={"": key or first_key(data_folder)},
         metrics_url=_read(data_folder / "control.address") if token else "",
         metrics_token=token,
-        engines={replica.name: replica.address for replica in status.fleet.replicas},
+        engines={replica.name: replica.address for replica in found.fleet.replicas},
     )
 
 
@@ -87,7 +100,8 @@ def _sockets(data_folder: Path) -> list[Path]:
     return [Path(base) / f"vitalis-{name}" / "supervisor.sock" for base in bases if base]
 
 
-def _status(data_folder: Path) -> _Status:
+def status(data_folder: Path) -> Status:
+    """What the supervisor on this data folder says. Raises LoadFailure where none runs."""
     for path in _sockets(data_folder):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
             channel.settimeout(ANSWER_SECONDS)
@@ -96,7 +110,7 @@ def _status(data_folder: Path) -> _Status:
             with channel.makefile("rb") as lines:
                 line = lines.readline()
             try:
-                return msgspec.json.decode(line, type=_Status)
+                return msgspec.json.decode(line, type=Status)
             except msgspec.DecodeError as error:
                 raise LoadFailure(
                     f"what listens at {path} is no supervisor that this program knows ({error}): give --url and "

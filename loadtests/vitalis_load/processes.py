@@ -1,20 +1,20 @@
 """The gateway's processes and the CPU they take."""
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import psutil
 
+from vitalis_load.discovery import Status
 from vitalis_load.errors import Exit, LoadFailure
 
 
-def gateway_processes(status: Mapping[str, Any]) -> list[psutil.Process]:
+def gateway_processes(status: Status) -> list[psutil.Process]:
     """Supervisor, workers and control with what they started, without the engines: what stands between clients and
     engines. Raises LoadFailure where they are not this machine's."""
-    children = [child["pid"] for child in status["children"] if child["kind"] != "engine" and child["pid"]]
+    children = [child.pid for child in status.children if child.kind != "engine" and child.pid]
     try:
-        found = [psutil.Process(pid) for pid in [status["pid"], *children]]
+        found = [psutil.Process(pid) for pid in [status.pid, *children]]
         return found + [below for process in found[1:] for below in process.children(recursive=True)]
     except psutil.Error as error:
         raise LoadFailure(f"the gateway's processes cannot be looked at ({error})", Exit.NO_TARGET) from None

@@ -86,9 +86,6 @@ class Program(msgspec.Struct, frozen=True):
         document = self._json(environ, "check-config", "--json")
         return InForce(document["profile"]["name"], document["files"], document["settings"])
 
-    def status(self, environ: Mapping[str, str]) -> dict[str, Any]:
-        return self._json(environ, "fleet", "status", "--json")
-
     def _json(self, environ: Mapping[str, str], *words: str) -> dict[str, Any]:
         argv = self.argv(*words)
         try:

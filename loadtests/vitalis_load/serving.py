@@ -2,6 +2,7 @@
 until its engines are ready, stopped. It is started as a person would, by its command line and variables."""
 
 import contextlib
+import ctypes
 import json
 import shutil
 import signal
@@ -10,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psutil
 
@@ -19,8 +20,10 @@ from vitalis_load.errors import LoadFailure
 from vitalis_load.program import Program, surroundings
 from vitalis_load.target import Target
 
+PR_SET_PDEATHSIG: Final = 1  # Linux's
 PROGRESS_SECONDS: Final = 10
 STOP_SECONDS: Final = 90
+TAKES_REQUESTS: Final = ("ready", "busy")
 
 Progress = Callable[[str], None]
 
@@ -55,6 +58,7 @@ class Serving:
             self._process = subprocess.Popen(
                 self._program.argv(*self._words), env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,  # Ctrl-C is for us: it is stopped in order, after the load
+                preexec_fn=_end_with_parent,
             )  # fmt: skip
         return self
 
@@ -66,19 +70,16 @@ class Serving:
     def wait(self, replicas: int, seconds: float, progress: Progress) -> None:
         """Until so many engines are ready. Raises StartFailed."""
         began = said = time.monotonic()
-        states: list[str] = []
-        asked = 0.0
         while True:
             now = time.monotonic()
             if not self.alive:
                 raise StartFailed(self._why() or "it ended at once")
-            # A start takes seconds to minutes, and asking takes a process.
-            if now - asked > min(5.0, max(1.0, (now - began) / 10)) and self._greeted(now - began):
-                states, asked = self._states(), time.monotonic()
-                if states.count("ready") + states.count("busy") >= replicas:
-                    return
-                if "failed" in states:
-                    raise StartFailed(self._why() or "an engine could not be started")
+            known = self._replicas()
+            states = [replica.state for replica in known]
+            if sum(state in TAKES_REQUESTS for state in states) >= replicas and self._key.exists():
+                return
+            if failed := [replica for replica in known if replica.state == "failed"]:
+                raise StartFailed(failed[0].detail or self._why() or "an engine could not be started")
             if now - began > seconds:
                 raise StartFailed(f"not ready within {seconds:.0f} s (engines: {', '.join(states) or 'none'})")
             if now - said >= PROGRESS_SECONDS:
@@ -91,22 +92,23 @@ class Serving:
         return self._process is not None and self._process.poll() is None
 
     def target(self, model: str = "") -> Target:
-        return discovery.find(self.data, key=(self.data / discovery.FIRST_KEY).read_text().strip(), model=model)
+        return discovery.find(self.data, key=self._key.read_text().strip(), model=model)
 
     def failed(self) -> bool:
         """Whether an engine ended and will not come again."""
-        return "failed" in self._states()
+        return any(replica.state == "failed" for replica in self._replicas())
 
-    def status(self) -> dict[str, Any]:
-        return self._program.status(self.environ)
+    def status(self) -> discovery.Status:
+        return discovery.status(self.data)
 
-    def _greeted(self, waited: float) -> bool:
-        """Whether asking is worth it: it says so when the first engine answers, and it can fail before."""
-        return b"Ready. Try it:" in self._log.read_bytes() or waited > PROGRESS_SECONDS
+    @property
+    def _key(self) -> Path:
+        return self.data / discovery.FIRST_KEY
 
-    def _states(self) -> list[str]:
-        with contextlib.suppress(LoadFailure, KeyError):
-            return [str(replica["state"]) for replica in self.status()["fleet"]["replicas"]]
+    def _replicas(self) -> list[discovery.Replica]:
+        """None while it does not answer."""
+        with contextlib.suppress(LoadFailure):
+            return self.status().fleet.replicas
         return []
 
     def _why(self) -> str:
@@ -138,6 +140,12 @@ class Serving:
         for path in (self.data / "log").glob("engine-*.log"):
             with contextlib.suppress(OSError):
                 shutil.copy(path, self._log.parent / path.name)
+
+
+def _end_with_parent() -> None:
+    """In the child, before it runs: if we are killed, it is told to end, and no engine is left on a card."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _reason(line: str) -> str:

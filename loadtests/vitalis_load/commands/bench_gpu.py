@@ -230,8 +230,8 @@ class _Matrix:
 
 def _targets(running: Serving) -> dict[str, Target]:
     gateway = running.target()
-    [replica] = running.status()["fleet"]["replicas"]
-    direct = Target(url=replica["address"], model=replica["models"][0], engines=gateway.engines, gateway=False)
+    [replica] = running.status().fleet.replicas
+    direct = Target(url=replica.address, model=replica.models[0], engines=gateway.engines, gateway=False)
     return {"direct": direct, "gateway": gateway}
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from vitalis_load import metrics, options, reading, result, runs
+from vitalis_load import discovery, metrics, options, reading, result, runs
 from vitalis_load import overhead as compared
 from vitalis_load.commands import given
 from vitalis_load.errors import Exit, LoadFailure
@@ -56,13 +56,12 @@ def overhead(
         asked = given.asked_scenario(scenario, scale, change, None)
     else:
         asked = Scenario.model_validate(fixed(api, streams, prompt, output, seconds))
-    program = Program.of(serve, config)
-    engine = [_python(simulator_python), "-m", "simulator", *simulator_options.split()] if simulator else []
+    before = _Before.of(serve, config, simulator_python, simulator_options) if simulator else None
     asked_for = {"scenario": asked.resolved(), "pairs": pairs, "simulator": simulator, "seed": seed}
     journal = Journal(where / "journal.jsonl", asked_for)
     rounds = [msgspec.convert(entry["round"], Round) for entry in journal.entries]
     try:
-        with given.kept(where), _sides(data_folder, engine, program, where) as sides:
+        with given.kept(where), _sides(data_folder, before, where) as sides:
             for number, (pair, way) in enumerate(compared.order(pairs)):
                 if any((each.pair, each.way) == (pair, way) for each in rounds):
                     continue
@@ -88,6 +87,17 @@ class Sides(msgspec.Struct):
     direct: Target
     gateway: Target
     processes: list[Any]  # psutil's
+
+
+class _Before(msgspec.Struct):
+    """A gateway and the simulated engine that it is put before."""
+
+    program: Program
+    engine: list[str]  # its argv
+
+    @classmethod
+    def of(cls, serve: str, config: Path | None, python: str, words: str) -> "_Before":
+        return cls(Program.of(serve, config), [_python(python), "-m", "simulator", *words.split()])
 
 
 def fixed(api: str, streams: int, prompt: int, output: int, seconds: float) -> dict[str, Any]:
@@ -126,17 +136,15 @@ def summary(made: Overhead) -> str:
 
 
 @contextlib.contextmanager
-def _sides(folder: str, engine: list[str], program: Program, where: Path) -> Iterator[Sides]:
-    """Of a running server, or of one that is started before a simulated engine (its argv). Raises LoadFailure."""
-    if not engine:
-        running = options.target(None, data_folder=folder)
-        status = program.status({**surroundings(), "VITALIS_DATA_FOLDER": str(Path(folder).absolute())})
-        yield _both(running, status)
+def _sides(folder: str, before: "_Before | None", where: Path) -> Iterator[Sides]:
+    """Of the server that runs on the folder, or of one that is started for this. Raises LoadFailure."""
+    if before is None:
+        yield _both(options.target(None, data_folder=folder), discovery.status(Path(folder)))
         return
-    with _simulated(engine, where / "simulator.log") as address:
+    with _simulated(before.engine, where / "simulator.log") as address:
         words = ("gateway", "--engine", address)
         # More slots than streams: what waits for a slot is no overhead.
-        with Serving(program, where / "terminal.log", words=words, VITALIS_ENGINES_SLOTS="4096") as tree:
+        with Serving(before.program, where / "terminal.log", words=words, VITALIS_ENGINES_SLOTS="4096") as tree:
             try:
                 tree.wait(1, START_SECONDS, given.say)
             except StartFailed as failure:
@@ -144,16 +152,16 @@ def _sides(folder: str, engine: list[str], program: Program, where: Path) -> Ite
             yield _both(tree.target(), tree.status())
 
 
-def _both(gateway: Target, status: dict[str, Any]) -> Sides:
+def _both(gateway: Target, status: discovery.Status) -> Sides:
     """Raises LoadFailure where there is not just one engine to be asked directly."""
-    replicas = status["fleet"]["replicas"]
+    replicas = status.fleet.replicas
     if len(replicas) != 1:
         raise LoadFailure(
             f"the gateway has {len(replicas)} engines, and its cost shows in front of one: run it with"
             " VITALIS_ENGINES_REPLICAS=1"
         )
-    address = str(replicas[0]["address"])
-    direct = Target(url=address, model=replicas[0]["models"][0], engines=gateway.engines, gateway=False)
+    [engine] = replicas
+    direct = Target(url=engine.address, model=engine.models[0], engines=gateway.engines, gateway=False)
     return Sides(direct, gateway, gateway_processes(status))
 
 
