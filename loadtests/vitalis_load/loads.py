@@ -105,7 +105,9 @@ def point(made: Result, load: float, run: str) -> Point:
         e2e_p99_ms=milliseconds("e2e_p99"),
         slo_met=made.met,
         missed=[_missed(verdict) for verdict in made.verdicts if not verdict.ok],
-        client_bound="; ".join(made.honesty.reasons) if made.honesty.client_bound else "",
+        client_bound="; ".join(reason.rstrip(".") for reason in made.honesty.reasons)
+        if made.honesty.client_bound
+        else "",
         spread=(goodput.max - goodput.min) / goodput.median if goodput and goodput.median else 0.0,
         repeats=len(made.repeats),
         requests=sum(repeat.summary.requests for repeat in made.repeats),

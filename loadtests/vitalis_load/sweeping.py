@@ -1,9 +1,10 @@
 """Where a server saturates, and the best goodput it gives under an SLO: which load to measure next, and what the
 measured ones say. Pure.
 
-The load is doubled until a limit of the SLO is missed, the server no longer keeps up or the load generator does not;
-then the gap between the highest load that held and the lowest that did not is halved (by its geometric mean) until
-it is narrow enough; then the best one is measured again, in full.
+The load is doubled until a limit of the SLO is missed or the server no longer keeps up (where the load generator was
+full, that load is tried once more: it may have been by chance); then the gap between the highest load that held and the
+lowest that did not is halved, by its geometric mean, until it is narrow enough; then the best one is measured again, in
+full.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,8 @@ def next_step(points: Sequence[Point], bounds: Bounds) -> Step | None:
     if not points:
         return Step(_rounded(bounds.first, bounds))
     known = latest(points)
+    if len(points) < bounds.points and (unclear := _unclear(points, known, bounds)):
+        return Step(unclear.load, unclear.repeats)
     if len(points) < bounds.points and (load := _load(known, bounds)) is not None:
         return Step(load)
     found = best(points, bounds)
@@ -69,14 +72,17 @@ def latest(points: Sequence[Point]) -> list[Point]:
 
 
 def why_not(point: Point, below: Sequence[Point], unit: Unit) -> Why:
-    """Why this load does not hold; "" where it does. `below`: the points with less load."""
+    """Why this load does not hold; "" where it does. `below`: the points with less load.
+
+    A full load generator sends and reads late, which makes a server look worse than it is: what holds all the same
+    does hold, and of what does not nothing is known."""
     if point.requests_per_second <= 0 or point.failed_share > 0.5:
         return "failing"
+    if point.slo_met and _keeps_up(point, below, unit):
+        return ""
     if point.client_bound:
         return "client"
-    if not point.slo_met:
-        return "slo"
-    return "saturated" if not _keeps_up(point, below, unit) else ""
+    return "saturated" if point.slo_met else "slo"
 
 
 def holding(points: Sequence[Point], unit: Unit) -> list[Point]:
@@ -124,6 +130,15 @@ def _load(known: Sequence[Point], bounds: Bounds) -> float | None:
     return middle if floor < middle < ceiling else None
 
 
+def _unclear(points: Sequence[Point], known: Sequence[Point], bounds: Bounds) -> Point | None:
+    """The load at which the load generator was full for once: perhaps another program was at work just then."""
+    held = holding(known, bounds.unit)
+    first = next(iter(known[len(held) :]), None)
+    if first is None or why_not(first, held, bounds.unit) != "client":
+        return None
+    return first if sum(point.load == first.load for point in points) == 1 else None
+
+
 def _at(known: Sequence[Point], load: float) -> Point:
     return next(point for point in known if point.load == load)
 
@@ -162,7 +177,7 @@ def _rounded(load: float, bounds: Bounds) -> float:
 _WHY: Final = {
     "slo": "the SLO is missed",
     "saturated": "more load brings no more",
-    "client": "the load generator is what is full",
+    "client": "nothing can be said, since the load generator was full",
     "failing": "most requests fail",
 }
 
@@ -181,6 +196,8 @@ def _sentence(known: Sequence[Point], found: Point | None, knee: Point | None, s
             f"best goodput {found.goodput:.3g} good requests/s at {show(found.load, bounds.unit)}"
             f" ({found.tokens_per_second:.0f} output tokens/s)"
         )
+        if found.client_bound:
+            parts.append("the load generator was full there, so the server may do better")
         if ends is not None:
             why = why_not(ends, holding(known, bounds.unit), bounds.unit)
             missed = f" ({', '.join(ends.missed)})" if ends.missed else ""

@@ -110,11 +110,7 @@ def better(challenger: Trial, champion: Trial, bounds: Bounds) -> bool:
 
 def next_measurement(points: Sequence[Point], champion: Point | None, bounds: Bounds) -> Step | None:
     """Of one candidate. `champion`: the best point of the best so far; None where nothing held yet."""
-    if champion is None:
-        return next_step(points, bounds)
-    if points and not best(points, within(bounds, champion)):
-        return None
-    return next_step(points, within(bounds, champion))
+    return next_step(points, within(bounds, champion) if champion else bounds)
 
 
 def within(bounds: Bounds, champion: Point) -> Bounds:
@@ -129,8 +125,10 @@ def verdict(points: Sequence[Point], champion: Point | None, bounds: Bounds) -> 
     if found is not None:
         return "measured", ""
     at = points[-1]
-    why = ", ".join(at.missed) or at.client_bound or f"{at.failed_share:.0%} failed"
     where = "the load at which the best so far holds" if champion else "the smallest load"
+    if at.client_bound:
+        return "left", f"cannot be judged at {where}, since the load generator was full: {at.client_bound}"
+    why = ", ".join(at.missed) or (f"{at.failed_share:.0%} failed" if at.failed_share else "it does not keep up")
     return "left", f"does not hold {where}: {why}"
 
 

@@ -118,17 +118,38 @@ def test_no_load_that_holds_is_said_and_not_searched_for_ever():
     assert found.said.startswith("no load held: at 0.5 requests/s the SLO is missed (TTFT p99 900 ms, not 500 ms)")
 
 
-def test_a_full_load_generator_ends_the_climb_and_is_named():
+def test_a_full_load_generator_ends_the_climb_is_asked_again_once_and_named():
+    """It can send nine a second, of a server that could do more."""
     bounds = Bounds(unit="requests/s", first=1, most=64, confirm=1)
     points = swept(
         bounds,
         lambda step: open_loop(
-            step.load, capacity=1e9, slo_to=1e9, client_bound="cpu 0.97 of a core" if step.load > 8 else ""
+            step.load, capacity=9, slo_to=1e9, client_bound="cpu 0.97 of a core" if step.load > 4 else ""
         ),
     )
+    loads = [point.load for point in points]
+    assert loads[:6] == [1, 2, 4, 8, 16, 16], "at 8 it was full too, and the server held all the same"
+    assert all(loads.count(load) <= 2 for load in loads)
     found = sweeping.findings(points, bounds)
-    assert found.best.load == 8
-    assert "the load generator is what is full" in found.said
+    assert 8 <= found.best.load <= 11.3
+    assert "the load generator was full there, so the server may do better" in found.said
+    assert "nothing can be said, since the load generator was full" in found.said
+
+
+def test_a_load_generator_that_was_full_by_chance_changes_nothing():
+    bounds = Bounds(unit="requests/s", first=1, most=8, confirm=1)
+    disturbed = {4.0}
+
+    def measure(step: Step) -> Point:
+        late = step.load in disturbed
+        disturbed.discard(step.load)
+        return open_loop(
+            step.load, capacity=20, slo_to=0 if late else 99, client_bound="another program" if late else ""
+        )
+
+    points = swept(bounds, measure)
+    assert [point.load for point in points] == [1, 2, 4, 4, 8]
+    assert sweeping.best(points, bounds).load == 8
 
 
 def test_a_best_point_that_does_not_hold_when_repeated_is_not_the_best():
