@@ -50,9 +50,9 @@ def check_url(url: str) -> str:
 
 def ask(
     url: str, path: str, *, document: object = None, token: str = "", headers: dict[str, str] | None = None,
-    seconds: float = 10,
+    method: str = "", seconds: float = 10,
 ) -> Answer:  # fmt: skip
-    """GET, or POST where there is a document. `url` as `check_url` returns it. Raises OSError where no answer came
+    """GET, or POST where there is a document, or another method. `url` as `check_url` returns it. Raises OSError where no answer came
     (refused, no such host, too slow, cut, not HTTP): `reason` puts it in words."""
     connection, prefix = _connection(url, seconds)
     sent = {"authorization": f"Bearer {token}"} if token else {}
@@ -62,7 +62,7 @@ def ask(
         body = msgspec.json.encode(document)
         sent["content-type"] = "application/json"
     try:
-        connection.request("GET" if body is None else "POST", prefix + path, body, sent)
+        connection.request(method or ("GET" if body is None else "POST"), prefix + path, body, sent)
         response = connection.getresponse()
         return Answer(response.status, response.read(MOST_BYTES))
     except (http.client.HTTPException, ValueError) as error:

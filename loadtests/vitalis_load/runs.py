@@ -64,6 +64,8 @@ def run(
         page.write(result.write(folder), folder / "report.html")
     except LoadFailure as failure:
         ended = ended or failure
+    except KeyboardInterrupt:
+        ended = LoadFailure("interrupted", Exit.INTERRUPTED)
     if ended is not None:
         raise RunFailure(_sentence(ended, folder), ended.code, folder)
     return folder

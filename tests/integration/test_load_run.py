@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Stage:
                 act(load, engine)
                 self.code = load.ended()
                 self.said = load.said()
-        except BaseException as problem:  # told by the test that looks at this run
+        except BaseException as problem:  # noqa: BLE001  told by the test that looks at this run
             self.problem = problem
 
     @property
@@ -132,7 +132,7 @@ def children(parent: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def stages(load_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stage]]:
+def stages(load_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
     folder = tmp_path_factory.mktemp("runs")
     made = {name: Stage(folder, name) for name in ("whole", "stalled", "killed", "full")}
     long = ("--seconds", "60")
@@ -149,7 +149,7 @@ def stages(load_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         thread.start()
     for thread in threads:
         thread.join()
-    yield made
+    return made
 
 
 def test_a_run_measures_what_the_engine_did(stages: dict[str, Stage]) -> None:

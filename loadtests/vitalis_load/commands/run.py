@@ -1,5 +1,6 @@
 """`vitalis-load run`: a scenario against a server, a table on the terminal, a report beside what was measured."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vitalis_load import options, result, runs, scenario, table
+from vitalis_load import options, result, runs, scenario, table, tenants
 from vitalis_load.errors import Exit, LoadFailure
 
 RESULTS = Path("results")
@@ -19,6 +20,9 @@ def run(
     key_file: Annotated[str, typer.Option(help="a file with the key; default: the data folder's first key")] = "",
     key_env: Annotated[str, typer.Option(help="the variable with the key")] = "",
     keys: Annotated[list[str] | None, typer.Option(metavar="TENANT=VARIABLE", help="a tenant's own key")] = None,
+    make_keys: Annotated[
+        bool, typer.Option("--make-keys", help="tenants and keys for the scenario's, taken back at the end")
+    ] = False,
     data_folder: Annotated[str, typer.Option(help="of a running vitalis-serve on this host")] = options.DATA_FOLDER,
     model: Annotated[str, typer.Option(help="default: the first that the server has")] = "",
     direct: Annotated[bool, typer.Option("--direct", help="an engine at --url, no gateway")] = False,
@@ -47,22 +51,23 @@ def run(
         asked, url=url, model=model, key_file=key_file, key_env=key_env, keys=keys or (), data_folder=data_folder,
         metrics_url=metrics_url, metrics_token_env=metrics_token_env, engines=engine or (), direct=direct,
     )  # fmt: skip
-    for label in options.without_own_key(asked, target):
+    for label in options.without_own_key(asked, target) if not make_keys else ():
         say(
-            f"tenant {label} has no key of its own and uses the run's: give one with --keys {label}=VARIABLE or in "
-            f"{asked.credential(label).env}, or tenants are not told apart"
+            f"tenant {label} has no key of its own and uses the run's, so tenants are not told apart: give one with "
+            f"--keys {label}=VARIABLE or in {asked.credential(label).env}, or let --make-keys make some"
         )
     try:
-        folder = runs.run(
-            target, asked, out=out, repeats=repeats or asked.repeats, processes=processes, scale=scale, seed=seed,
-            progress=say, warm=warm, note=note,
-        )  # fmt: skip
+        with tenants.with_keys(target, asked, say) if make_keys else contextlib.nullcontext(target) as keyed:
+            folder = runs.run(
+                keyed, asked, out=out, repeats=repeats or asked.repeats, processes=processes, scale=scale, seed=seed,
+                progress=say, warm=warm, note=note,
+            )  # fmt: skip
     except runs.RunFailure as failure:
         if (failure.folder / "result.json").is_file():
             show(failure.folder)
         raise
     except KeyboardInterrupt:
-        raise LoadFailure("interrupted before anything was measured", Exit.INTERRUPTED) from None
+        raise LoadFailure("interrupted", Exit.INTERRUPTED) from None
     if not show(folder):
         raise LoadFailure("an SLO was missed", Exit.MISSED)
 
