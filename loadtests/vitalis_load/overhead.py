@@ -136,7 +136,7 @@ def _idle_cores(direct: Sequence[Round]) -> float | None:
 def _doubts(pairs: Sequence[tuple[Round, Round]]) -> list[str]:
     doubts = []
     if len(pairs) < 3:
-        doubts.append(f"{len(pairs)} pairs of rounds say little: 3 or more show by how much they differ")
+        doubts.append(f"so few pairs of rounds ({len(pairs)}) say little: 3 or more show by how much they differ")
     for way, index in (("direct", 0), ("gateway", 1)):
         rounds = [pair[index] for pair in pairs]
         bound = [each for each in rounds if each.client_bound]
@@ -148,5 +148,7 @@ def _doubts(pairs: Sequence[tuple[Round, Round]]) -> list[str]:
         if failed:
             doubts.append(f"{failed} of {requests} requests failed ({way})")
         if 0 < requests < 1000:
-            doubts.append(f"{requests} requests ({way}) are few for a p99: it is the slowest {max(1, requests // 100)}")
+            doubts.append(
+                f"{requests} requests ({way}) are few for a p99: it is one of the slowest {max(1, requests // 100)}"
+            )
     return doubts

@@ -84,6 +84,9 @@ def tune(
         raise typer.Exit(Exit.MISSED)
 
 
+CURVES = 6  # in the report
+
+
 class _Search:
     """One search from its first candidate to the profile. What it knows is in the journal."""
 
@@ -118,7 +121,7 @@ class _Search:
 
     def conclude(self, name: str, partial: str) -> None:
         """The profile, the evidence and the page, of whatever is known."""
-        curves = [curve for index, trial in enumerate(self.trials) if (curve := self._curve(index, trial, partial))]
+        curves = [curve for trial in self._drawn() if (curve := self._curve(trial, partial))]
         if not curves:
             return
         winner, evidence = self._winner(), self._evidence(partial)
@@ -180,10 +183,21 @@ class _Search:
         winner = self._progress().winner
         return next((trial for trial in self.trials if trial.candidate == winner), None)
 
-    def _curve(self, index: int, trial: Trial, partial: str) -> Sweep | None:
+    def _drawn(self) -> list[Trial]:
+        """The configuration in force, the winner, and the best others, as many as can be told apart in a plot."""
+
+        def goodput(trial: Trial) -> float:
+            found = sweeping.best(trial.points, self._bounds)
+            return found.goodput if found else 0.0
+
+        first = [trial for trial in self.trials if not trial.candidate or trial is self._winner()]
+        others = sorted((trial for trial in self.trials if trial not in first), key=goodput, reverse=True)
+        return [*first, *others][:CURVES]
+
+    def _curve(self, trial: Trial, partial: str) -> Sweep | None:
         notes = [trial.reason] if trial.reason else []
         return loads.curve(
-            self._where, trial.points, self._bounds, identity=f"{self._where.name}/{index + 1}",
+            self._where, trial.points, self._bounds, identity=f"{self._where.name}/{self.trials.index(trial) + 1}",
             label=tuning.name(trial.candidate), notes=notes, partial=partial if trial.state == "going on" else "",
         )  # fmt: skip
 
