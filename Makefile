@@ -60,12 +60,12 @@ load:  ## SCENARIO (short-chat) against a running `make serve`, with a report; S
 locust:  ## the same scenario in Locust's web UI, http://127.0.0.1:8089
 	@$(LOAD); exec .venv/load/bin/locust -f loadtests/locustfile.py --scenario $(SCENARIO) --scale $(SCALE) --web-host 127.0.0.1 $(ARGS)
 
-sweep:  ## raise the load on a running server until an SLO is missed (SCENARIO=short-chat ARGS="--scale small")
-	@$(LOAD); exec .venv/load/bin/vitalis-load sweep $(SCENARIO) $(ARGS)
+sweep:  ## raise the load of SCENARIO on a running server until its SLO is missed; SCALE=full for a GPU
+	@$(LOAD); exec .venv/load/bin/vitalis-load sweep $(SCENARIO) --scale $(SCALE) $(ARGS)
 
-tune:  ## engine options with the best goodput, as a profile (SCENARIO=, ARGS=)
+tune:  ## engine options with the best goodput for SCENARIO, as a profile; SCALE=full for a GPU
 	@$(GATEWAY); $(LOAD); engine=$$($(PYTHON) deploy/environments.py engine); VITALIS_ENGINE_PYTHON="$$engine" \
-	exec .venv/load/bin/vitalis-load tune $(SCENARIO) --config $(CONFIG) $(ARGS)
+	exec .venv/load/bin/vitalis-load tune $(SCENARIO) --scale $(SCALE) --config $(CONFIG) $(ARGS)
 
 overhead:  ## a running server's engine, directly and through the gateway; ARGS=--simulator needs none
 	@$(GATEWAY); $(LOAD); exec .venv/load/bin/vitalis-load overhead --config $(CONFIG) $(ARGS)

@@ -40,6 +40,8 @@ def sweep(
     target = options.target(
         asked, url=url, model=model, key_file=key_file, key_env=key_env, keys=keys or (), data_folder=data_folder
     )
+    if lacking := options.without_own_key(asked, target):
+        given.say(f"tenants {', '.join(lacking)} have no keys of their own: they are not told apart (--keys)")
     begin = first or max(loads.usual(asked) / 4, 1.0 if unit == "users" else 0.0)
     bounds = Bounds(
         unit=unit, first=begin, most=max(most, begin), least=least, growth=growth, precision=precision, points=points,

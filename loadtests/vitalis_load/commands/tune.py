@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from vitalis_load import loads, profiles, sweeping, tuning
+from vitalis_load import loads, profiles, sweeping, tenants, tuning
 from vitalis_load.commands import given
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.gpus import count as gpu_count
@@ -149,7 +149,8 @@ class _Search:
         try:
             with Serving(self._program, place / "terminal.log", VITALIS_PROFILE=folder) as running:
                 running.wait(replicas, self._start_seconds, given.say)
-                self._measure(trial, folder, running.target(self._model))
+                with tenants.with_keys(running.target(self._model), self._scenario, given.say) as target:
+                    self._measure(trial, folder, target)
         except StartFailed as failure:
             trial.state, trial.reason = "failed", f"did not start: {failure}"
         except LoadFailure as failure:
