@@ -10,7 +10,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httptools
@@ -21,6 +21,15 @@ from vitalis_load.records import Record
 from vitalis_load.streams import Reader
 
 Clock = Callable[[], float]
+
+
+class Wakes(Protocol):
+    """See wakes.py, which needs gevent."""
+
+    turn: int
+
+    def since(self, turn: int) -> float: ...
+
 
 PATHS = {
     "chat": "/v1/chat/completions",
@@ -34,6 +43,7 @@ REFUSAL_BYTES = 65536  # of a refusal's body: its words are at the beginning
 AT_ONCE_SECONDS = 0.25
 # How long HTTP's own end may come after the API's: the answer is whole, only the connection may not be.
 LINGER_SECONDS = 1.0
+RESOLVED_SECONDS = 30.0
 
 
 def request(
@@ -68,13 +78,36 @@ def request(
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + document
 
 
+_resolved: dict[tuple[str, int], tuple[float, list[tuple[int, Any]]]] = {}
+
+
+def addresses(host: str, port: int, now: float) -> list[tuple[int, Any]]:
+    """(family, address) of each. Kept for RESOLVED_SECONDS: under gevent a name is resolved in a thread, for which a
+    request would wait milliseconds. Raises OSError."""
+    until, known = _resolved.get((host, port), (0.0, []))
+    if now >= until or not known:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        known = [(family, address) for family, _, _, _, address in found]
+        _resolved[host, port] = now + RESOLVED_SECONDS, known
+    return known
+
+
 class Connection:
     """To "http://host:port", "https://host:port" or "unix:/path"; opened when it is needed, kept while it can be.
 
-    `tls` for https, the system's where None. One request at a time; `abandon` may come from elsewhere."""
+    `tls` for https, the system's where None. `wakes` tells when bytes came under gevent. One request at a time;
+    `abandon` may come from elsewhere."""
 
-    def __init__(self, address: str, *, tls: ssl.SSLContext | None = None, connect_seconds: float = 10.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: ssl.SSLContext | None = None,
+        connect_seconds: float = 10.0,
+        wakes: Wakes | None = None,
+    ) -> None:
         self.address = address
+        self._wakes = wakes
         self.opened = 0  # how many connections were made
         self._connect_seconds = connect_seconds
         self._path = address.removeprefix("unix:") if address.startswith("unix:") else ""
@@ -162,7 +195,7 @@ class Connection:
                 made.settimeout(seconds)
                 made.connect(self._path)
             else:
-                made = socket.create_connection((self._host, self._port), seconds)
+                made = self._connected(until)
                 self._socket = made
                 made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:
@@ -174,6 +207,21 @@ class Connection:
             return False
         self.opened += 1
         return True
+
+    def _connected(self, until: float) -> socket.socket:
+        """To the first of the name's addresses that takes it. Raises OSError."""
+        problem: OSError = OSError(f"no address of {self._host}")
+        for family, address in addresses(self._host, self._port, time.monotonic()):
+            made = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                made.settimeout(max(0.001, until - time.monotonic()))
+                made.connect(address)
+            except OSError as error:
+                made.close()
+                problem = error
+            else:
+                return made
+        raise problem
 
     def _attempt(self, request: bytes, exchange: "_Exchange", deadline: float, clock: Clock) -> bool:
         """Sends and reads once. False: the connection broke before a byte of an answer."""
@@ -194,12 +242,14 @@ class Connection:
         return self._read(connection, exchange, deadline, clock)
 
     def _read(self, connection: socket.socket, exchange: "_Exchange", deadline: float, clock: Clock) -> bool:
-        began = False
+        began, wakes, turn, now = False, self._wakes, 0, clock()
         while not exchange.complete:
-            left = deadline - clock()
+            left = deadline - now
             try:
                 if left <= 0:
                     raise TimeoutError
+                if wakes is not None:
+                    turn = wakes.turn
                 connection.settimeout(min(left, LINGER_SECONDS) if exchange.reader.done else left)
                 data = connection.recv(READ_BYTES)
             except TimeoutError:
@@ -208,7 +258,7 @@ class Connection:
             except OSError as error:
                 exchange.problem = exchange.problem or _said(error)
                 data = b""
-            now = clock()
+            now = clock() if wakes is None else clock() - wakes.since(turn)
             if data:
                 began = True
                 exchange.feed(data, now)
