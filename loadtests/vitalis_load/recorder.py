@@ -13,7 +13,8 @@ from vitalis_load.meter import Batch
 from vitalis_load.records import RepeatEnd, RunInfo, Sample
 
 FILES = ("requests", "gaps", "client", "samples")
-_RESERVED_BYTES = 64 * 1024  # kept free for end.json, which is to be written when the disk is full
+RESERVED = ".reserved"  # a file that keeps room for end.json, which is to be written when the disk is full
+_RESERVED_BYTES = 64 * 1024
 
 
 class Recorder:
@@ -27,7 +28,7 @@ class Recorder:
             for name in FILES:
                 path = folder / f"{name}.jsonl"
                 self._files[name] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            self._reserve = folder / ".reserved"
+            self._reserve = folder / RESERVED
             self._reserve.write_bytes(b"\0" * _RESERVED_BYTES)
         except OSError as error:
             self.close()

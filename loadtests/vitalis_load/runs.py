@@ -78,6 +78,7 @@ def _repeat(
     folder = Path(order.folder)
     label = f"repeat {number} of {repeats}: " if repeats > 1 else ""
     failure: LoadFailure | None
+    began = time.time()
     try:
         folder.mkdir()
         if number > 1:
@@ -90,14 +91,15 @@ def _repeat(
     except LoadFailure as error:
         failure = error
     if not (folder / "end.json").exists():
-        _write_end(folder, failure.message if failure is not None else "it ended without a word")
+        _write_end(folder, began, failure.message if failure is not None else "it ended without a word")
     return failure
 
 
-def _write_end(folder: Path, reason: str) -> None:
-    """For a repeat that could not write its own."""
-    end = RepeatEnd(began_at=0.0, seconds=0.0, complete=False, reason=reason)
+def _write_end(folder: Path, began: float, reason: str) -> None:
+    """For a repeat that could not write its own. How long it lasted is what its records say."""
+    end = RepeatEnd(began_at=began, seconds=0.0, complete=False, reason=reason)
     try:
+        (folder / recorder.RESERVED).unlink(missing_ok=True)
         recorder.write_whole(folder / "end.json", end)
     except OSError:
         return  # the disk is full; a missing end says the same

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.support import loading, simulator
+from tests.support.installation import Installation
 from tests.support.loading import Load, lines, run_folder
 
 SCENARIO = """
@@ -30,7 +31,7 @@ repeats: 1
 deadline_seconds: 30
 slo: {failed_share: 0}
 tasks:
-  - {name: chat, weight: 2, prompt: {tokens: 40}, output: 12, stream: true}
+  - {name: chat, weight: 2, tenant: guests, class: interactive, prompt: {tokens: 40}, output: 12, stream: true}
   - {name: plain, api: completions, stream: false, prompt: {tokens: 30}, output: 6}
   - {name: answer, api: responses, prompt: {tokens: 30}, output: 8}
 """
@@ -47,7 +48,8 @@ class Stage:
         self.out = self.folder / "results"
         self.scenario = self.folder / "steady.yaml"
         self.scenario.write_text(SCENARIO)
-        self.log = self.folder / "engine.jsonl"
+        self.keys: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
         self.code = -1
         self.said = ""
         self.problem: BaseException | None = None
@@ -59,9 +61,10 @@ class Stage:
         )  # fmt: skip
 
     def play(self, python: Path, act: Callable[[Load, simulator.Simulator], None], *more: str) -> None:
+        """Against an engine itself."""
         try:
             with (
-                simulator.started(*SPEED, preset="sim-20b", log=self.log) as engine,
+                simulator.started(*SPEED, preset="sim-20b") as engine,
                 loading.started(python, *self.words(engine, *more), out=self.folder / "said") as load,
             ):
                 act(load, engine)
@@ -69,6 +72,50 @@ class Stage:
                 self.said = load.said()
         except BaseException as problem:  # noqa: BLE001  told by the test that looks at this run
             self.problem = problem
+
+    def play_whole(self, python: Path) -> None:
+        """Beside a running server, which is found by its data folder."""
+        ours = Installation(self.folder)
+        words = ("run", str(self.scenario), "--data-folder", str(ours.var), "--make-keys", "--out", str(self.out))
+        try:
+            ours.start("up")
+            ours.until(lambda: "Ready. Try it" in ours.said(), loading.SECONDS)
+            with loading.started(python, *words, "--processes", "2", out=self.folder / "said") as load:
+                self.code = load.ended()
+                self.said = load.said()
+            self.keys = json.loads(ours.ask("keys", "list", "--json").stdout)
+        except BaseException as problem:  # noqa: BLE001  told by the test that looks at this run
+            self.problem = problem
+        finally:
+            ours.stop()
+
+    def play_web(self, python: Path) -> None:
+        """Locust's plain command, a master with two workers; the test is begun and stopped in the web UI."""
+        web, master = free_port(), free_port()
+        try:
+            with (
+                simulator.started(*SPEED, preset="sim-20b") as engine,
+                loading.started(
+                    python, "-f", str(loading.ROOT / "loadtests" / "locustfile.py"), "--scenario", str(self.scenario),
+                    "--host", engine.address, "--set", "shape.seconds=60", "--out", str(self.out), "--processes", "2",
+                    "--web-host", "127.0.0.1", "--web-port", str(web), "--master-bind-port", str(master),
+                    "--master-port", str(master), module="locust", out=self.folder / "said",
+                ) as load,
+            ):  # fmt: skip
+                load.until(lambda: load.said().count("reported as ready") == 2)
+                load.until(lambda: web_ui(web, "POST", "/swarm", host=engine.address))
+                load.until(lambda: self.see(web_ui(web, "GET", "/stats/requests")) > 10)
+                assert web_ui(web, "POST", "/stop")["success"]
+                load.process.send_signal(signal.SIGINT)
+                self.code = load.ended()
+                self.said = load.said()
+        except BaseException as problem:  # noqa: BLE001
+            self.problem = problem
+
+    def see(self, shown: Any) -> int:
+        """Keeps Locust's rows; how many answers of the task chat have a TPOT."""
+        self.rows = shown["stats"]
+        return sum(row["num_requests"] for row in self.rows if (row["method"], row["name"]) == ("TPOT", "chat"))
 
     @property
     def run(self) -> Path:
@@ -123,9 +170,6 @@ def file_limit(load: Load, engine: simulator.Simulator) -> None:
     resource.prlimit(load.process.pid, resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
 
 
-def nothing(load: Load, engine: simulator.Simulator) -> None: ...
-
-
 def children(parent: int) -> list[int]:
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False)
     return [int(word) for word in found.stdout.split()]
@@ -134,15 +178,16 @@ def children(parent: int) -> list[int]:
 @pytest.fixture(scope="module")
 def stages(load_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
     folder = tmp_path_factory.mktemp("runs")
-    made = {name: Stage(folder, name) for name in ("whole", "stalled", "killed", "full")}
+    made = {name: Stage(folder, name) for name in ("whole", "stalled", "killed", "full", "web")}
     long = ("--seconds", "60")
     plays = (
-        (made["whole"], nothing, ("--processes", "2")),
         (made["stalled"], stalled(made["stalled"]), long),
         (made["killed"], worker_killed(made["killed"]), ("--processes", "2", "--seconds", "8")),
         (made["full"], file_limit, (*long, "--set", "arrivals.rate=100")),
     )
-    threads = [
+    threads = [threading.Thread(target=made["whole"].play_whole, args=(load_python,), daemon=True)]
+    threads += [threading.Thread(target=made["web"].play_web, args=(load_python,), daemon=True)]
+    threads += [
         threading.Thread(target=stage.play, args=(load_python, act, *more), daemon=True) for stage, act, more in plays
     ]
     for thread in threads:
@@ -152,7 +197,7 @@ def stages(load_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return made
 
 
-def test_a_run_measures_what_the_engine_did(stages: dict[str, Stage]) -> None:
+def test_a_run_beside_a_running_server(stages: dict[str, Stage]) -> None:
     stage = stages["whole"]
     assert stage.run is not None
     assert stage.code == 0, stage.said
@@ -160,8 +205,9 @@ def test_a_run_measures_what_the_engine_did(stages: dict[str, Stage]) -> None:
     assert len(stage.records) == 80  # 20 a second for 4 s, of which each process sent half
     assert {record.get("process", 0) for record in stage.records} == {0, 1}
     assert not [record for record in stage.records if record.get("error")]
-    wanted = {"chat": 12, "plain": 6, "answer": 8}
-    assert {(record["task"], record["completion_tokens"]) for record in stage.records} == set(wanted.items())
+    asked = {"chat": ("chat", "guests", 12), "plain": ("completions", "", 6), "answer": ("responses", "", 8)}
+    found = {r["task"]: (r["api"], r.get("tenant", ""), r["completion_tokens"]) for r in stage.records}
+    assert found == asked
     assert sorted(round(record["scheduled"], 6) for record in stage.records) == [
         round(0.025 + number / 20, 6) for number in range(80)
     ]
@@ -169,10 +215,30 @@ def test_a_run_measures_what_the_engine_did(stages: dict[str, Stage]) -> None:
     result = stage.result
     assert result["figures"]["failed_share"]["median"] == 0
     assert result["partial"] is False
-    assert (stage.run / "report.html").read_bytes().startswith(b"<!doctype html>")
+    assert (stage.run / "report.html").is_file()
     assert "output tokens/s" in stage.said
+
+
+def test_gateway_and_engines_are_sampled_meanwhile(stages: dict[str, Stage]) -> None:
+    stage = stages["whole"]
     samples = lines(stage.run / "repeat-1" / "samples.jsonl")
-    assert samples[-1]["engines"][0]["generation_tokens"] >= sum(r["completion_tokens"] for r in stage.records)
+    assert len(samples) >= 3
+    tokens = sum(record["completion_tokens"] for record in stage.records)
+    assert samples[-1]["engines"][0]["name"] == "engine-0"
+    assert samples[-1]["engines"][0]["generation_tokens"] >= tokens
+    assert samples[-1]["gateway"]["vitalis_completion_tokens_total"] >= tokens
+    assert samples[-1]["gateway"]["vitalis_in_flight"] == 0
+
+
+def test_keys_that_were_made_for_a_run_are_taken_back(stages: dict[str, Stage]) -> None:
+    stage = stages["whole"]
+    assert stage.run is not None
+    (made,) = (key for key in stage.keys if key["tenant"] == "load-guests")
+    assert (made["class"], made["status"]) == ("interactive", "revoked")
+    assert "made tenants load-guests with a key each" in stage.said
+    secrets = [(path / name).read_text() for path in (stage.run, stage.run / "repeat-1") for name in os.listdir(path)
+               if (path / name).is_file()]  # fmt: skip
+    assert not [text for text in secrets if "vts_" in text]
 
 
 def test_a_stalled_server_does_not_slow_the_arrivals(stages: dict[str, Stage]) -> None:
@@ -228,35 +294,11 @@ def test_a_key_that_is_refused_ends_the_command(load_python: Path, tmp_path: Pat
     assert not stage.out.exists()
 
 
-def test_locust_s_own_statistics_and_web_ui(load_python: Path, tmp_path: Path) -> None:
-    """Its plain command, a master with two workers; the test is begun and stopped in the web UI."""
-    stage = Stage(tmp_path, "stage")
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        web, master = one.getsockname()[1], other.getsockname()[1]
-    locustfile = str(loading.ROOT / "loadtests" / "locustfile.py")
-    with (
-        simulator.started(*SPEED, preset="sim-20b") as engine,
-        loading.started(
-            load_python, "-f", locustfile, "--scenario", str(stage.scenario), "--host", engine.address,
-            "--set", "shape.seconds=60", "--out", str(stage.out), "--processes", "2", "--web-host", "127.0.0.1",
-            "--web-port", str(web), "--master-bind-port", str(master), "--master-port", str(master),
-            module="locust", out=tmp_path / "said",
-        ) as load,
-    ):  # fmt: skip
-        load.until(lambda: load.said().count("reported as ready") == 2)
-        load.until(lambda: web_ui(web, "POST", "/swarm", host=engine.address))
-        rows: dict[tuple[str, str], Any] = {}
-
-        def shown() -> bool:
-            rows.update({(row["method"], row["name"]): row for row in web_ui(web, "GET", "/stats/requests")["stats"]})
-            return rows.get(("TPOT", "chat"), {}).get("num_requests", 0) > 10
-
-        load.until(shown)
-        assert web_ui(web, "POST", "/stop")["success"]
-        load.process.send_signal(signal.SIGINT)
-        assert load.ended() == 0, load.said()
+def test_locust_s_own_statistics_and_web_ui(stages: dict[str, Stage]) -> None:
+    stage = stages["web"]
+    assert stage.run is not None
+    assert stage.code == 0, stage.said
+    rows = {(row["method"], row["name"]): row for row in stage.rows}
     assert 2 < rows["TPOT", "chat"]["median_response_time"] < 100  # the engine's step is 3 ms
     assert rows["TTFT", "chat"]["num_requests"] == rows["chat", "chat"]["num_requests"]
     assert rows["tokens", "chat"]["num_requests"] == 12 * rows["chat", "chat"]["num_requests"]
@@ -265,6 +307,12 @@ def test_locust_s_own_statistics_and_web_ui(load_python: Path, tmp_path: Path) -
     assert rows["", "Aggregated"]["num_requests"] == usual
     assert stage.end["reason"].startswith("interrupted after")
     assert len(stage.records) >= rows["", "Aggregated"]["num_requests"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def web_ui(port: int, method: str, path: str, **fields: str) -> Any:
