@@ -174,24 +174,25 @@ class Conductor:
 
     def _progress(self, *, last: bool = False) -> None:
         now = self.clock()
-        if not last and now - self._told_at < self._every:
+        if now - self._told_at < (0.5 if last else self._every):
             return
         batches = list(self._latest.values())
         tokens = sum(batch.tokens for batch in batches)
         rate = (tokens - self._told_tokens) / max(0.001, now - self._told_at)
         self._told_at, self._told_tokens = now, tokens
+        flying = sum(batch.in_flight for batch in batches)
         behind = max((batch.behind for batch in batches), default=0.0)
         parts = [
             f"{min(max(now, 0.0), self.scenario.seconds):.0f} s of {self.scenario.seconds:.0f} s",
             f"{sum(batch.scheduled for batch in batches)} sent",
             f"{sum(batch.ended for batch in batches)} ended",
             f"{sum(batch.failed for batch in batches)} failed",
-            f"{sum(batch.in_flight for batch in batches)} in flight",
+            f"{flying} in flight",
             f"{rate:,.0f} tokens/s",
         ]
         if behind > 0.1:
             parts.append(f"sending {behind:.1f} s late")
-        if now > self.scenario.seconds and not last:
+        if now > self.scenario.seconds and flying and not last:
             parts.append("waiting for the last answers")
         self._say(", ".join(parts))
 

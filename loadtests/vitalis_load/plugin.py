@@ -3,6 +3,7 @@ signals. One Plugin a process; the locustfile makes it."""
 
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -47,6 +48,7 @@ class Plugin:
         self._unsent: list[Batch] = []
         self._signals = 0
         self._interrupted = False
+        self._users_before = 1
         self._parent = 0
         given = os.environ.get(order.VARIABLE, "")
         self._given = msgspec.json.decode(given, type=Order) if given else None
@@ -120,7 +122,8 @@ class Plugin:
             conductor.finish()
             return None
         users = self._users(conductor.scenario, max(0.0, conductor.clock()))
-        return users, float(users)
+        before, self._users_before = self._users_before, users
+        return users, float(max(users, before))  # all of them at once, up or down
 
     def _users(self, chosen: Scenario, at: float) -> int:
         """Closed users; in an open loop one of Locust's users a process stands for all that comes there."""
@@ -153,6 +156,8 @@ class Plugin:
         if self._parent:
             gevent.spawn(self._watch_parent, forked)
         logging.getLogger("locust.runners").addFilter(_without_spawn_rates)
+        _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection for each request in flight
 
     def _test_start(self, environment: Any, **_: Any) -> None:
         runner = environment.runner

@@ -225,7 +225,7 @@ class Session:
             cpu, since = time.process_time(), now
             lag, self._worst_lag = self._worst_lag, 0.0
             events = sum(flight.reader.chunks for flight in self._flights.values())
-            self.meter.second(second, used, lag * 1000, self.users, events)
+            self.meter.second(second, used, lag * 1000, 0 if self.scenario.open else self.users, events)
             self._hand_over(self.meter.batch(self.clock(), idle=self.idle))
             second = max(second + 1, int(self.clock()))
 
