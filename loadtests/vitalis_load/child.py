@@ -117,7 +117,7 @@ class Child:
     def _interrupt(self, process: "subprocess.Popen[bytes]") -> None:
         """Asks the master to end in order; the group is killed by whoever called, in any case."""
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # not SIGINT, which a shell's background jobs ignore
         deadline = time.monotonic() + STOP_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -38,6 +38,7 @@ class Conductor:
         self._recorder = Recorder(Path(order.folder)) if order.folder else None
         self.processes = processes
         self._zero = zero
+        self._repeat = order.salt
         self._began_unix = time.time() + zero - time.monotonic()
         self._dismiss = dismiss
         self._say = say
@@ -59,6 +60,8 @@ class Conductor:
 
     def take(self, batch: Batch) -> None:
         """What a process hands over; of one that came later than the beginning too."""
+        if batch.repeat != self._repeat:
+            return
         self._latest[batch.process] = batch
         self._heard[batch.process] = self.clock()
         if batch.process in self.lost:

@@ -15,6 +15,7 @@ class Batch(msgspec.Struct, kw_only=True):
 
     process: int
     number: int  # from 0, of this process
+    repeat: str = ""  # which repeat it is of: what comes late is of none that has begun since
     requests: bytes = b""
     gaps: bytes = b""
     client: bytes = b""
@@ -31,8 +32,9 @@ class Batch(msgspec.Struct, kw_only=True):
 class Meter:
     """Counts for the process `process`. Times are seconds since the repeat began."""
 
-    def __init__(self, process: int) -> None:
+    def __init__(self, process: int, repeat: str = "") -> None:
         self.process = process
+        self.repeat = repeat
         self.in_flight = 0
         self.scheduled = 0
         self.ended = 0
@@ -96,6 +98,7 @@ class Meter:
         made = Batch(
             process=self.process,
             number=self._handed,
+            repeat=self.repeat,
             requests=_lines(self._records),
             gaps=_lines([_encode(self._gaps_of(second)) for second in done]),
             client=_lines([_encode(second) for second in self._seconds]),

@@ -300,7 +300,7 @@ class Plugin:
         )
         return Session(
             chosen, plan, target, process=told.process, processes=told.processes, zero=order.zero_here(told),
-            hand_over=hand_over, heard=self._heard,
+            repeat=told.salt, hand_over=hand_over, heard=self._heard,
         )  # fmt: skip
 
     def _heard(self, record: Record) -> None:

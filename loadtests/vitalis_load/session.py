@@ -38,14 +38,14 @@ class _Flight(NamedTuple):
 
 
 class Session:
-    """`process` of `processes`. `zero` is the repeat's begin by `time.monotonic`; `heard` gets every record."""
+    """`process` of `processes`. `zero` is the begin of `repeat` by `time.monotonic`; `heard` gets every record."""
 
     def __init__(
-        self, scenario: Scenario, plan: Plan, target: Target, *, process: int, processes: int, zero: float,
+        self, scenario: Scenario, plan: Plan, target: Target, *, process: int, processes: int, zero: float, repeat: str,
         hand_over: Callable[[Batch], None], heard: Callable[[Record], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self.scenario = scenario
-        self.meter = Meter(process)
+        self.meter = Meter(process, repeat)
         self.users = 0
         self.over = Event()
         self._plan = plan

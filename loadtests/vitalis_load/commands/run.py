@@ -1,7 +1,6 @@
 """`vitalis-load run`: a scenario against a server, a table on the terminal, a report beside what was measured."""
 
 import contextlib
-import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -85,4 +84,4 @@ def say(line: str) -> None:
 
 def _as_interrupted(_number: int, _frame: object) -> None:
     """SIGTERM ends a run as Ctrl-C does: in order, with what was measured."""
-    os.kill(os.getpid(), signal.SIGINT)
+    raise KeyboardInterrupt
