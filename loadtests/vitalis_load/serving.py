@@ -51,6 +51,7 @@ class Serving:
             **variables,
         }
         self._process: subprocess.Popen[bytes] | None = None
+        self._engines: dict[str, int | None] = {}
 
     def __enter__(self) -> "Serving":
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,7 @@ class Serving:
             known = self._replicas()
             states = [replica.state for replica in known]
             if sum(state in TAKES_REQUESTS for state in states) >= replicas and self._key.exists():
+                self._engines = self._engine_processes()
                 return
             if failed := [replica for replica in known if replica.state == "failed"]:
                 raise StartFailed(failed[0].detail or self._why() or "an engine could not be started")
@@ -94,9 +96,11 @@ class Serving:
     def target(self, model: str = "") -> Target:
         return discovery.find(self.data, key=self._key.read_text().strip(), model=model)
 
-    def failed(self) -> bool:
-        """Whether an engine ended and will not come again."""
-        return any(replica.state == "failed" for replica in self._replicas())
+    def check(self) -> None:
+        """Raises StartFailed where an engine has ended since `wait`, even if another was started in its place."""
+        if not self.alive or self._engine_processes() != self._engines:
+            detail = next((replica.detail for replica in self._replicas() if replica.detail), "")
+            raise StartFailed(f"the engine ended under load: {detail or self._why() or 'it said nothing'}")
 
     def status(self) -> discovery.Status:
         return discovery.status(self.data)
@@ -104,6 +108,11 @@ class Serving:
     @property
     def _key(self) -> Path:
         return self.data / discovery.FIRST_KEY
+
+    def _engine_processes(self) -> dict[str, int | None]:
+        with contextlib.suppress(LoadFailure):
+            return {child.name: child.pid for child in self.status().children if child.kind == "engine"}
+        return {}
 
     def _replicas(self) -> list[discovery.Replica]:
         """None while it does not answer."""

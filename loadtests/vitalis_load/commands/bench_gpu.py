@@ -155,26 +155,33 @@ class _Matrix:
         given.say(f"\n{text}\nreports: {self._where}/*/report.html; table: {self._where / 'matrix.md'}")
 
     def _with_options(self, options: str, cells: Sequence[Cell]) -> None:
-        """Every cell of one engine; where the engine ends, it is started once more for those after."""
-        left = list(cells)
-        for attempt in range(2):
-            if not left:
-                return
-            given.say(f"starting the engine with {options} options{' again' if attempt else ''}")
+        """Every cell of one engine. An engine that ends is started again for the cell after; one that ends twice in a
+        row, or does not start, is given up."""
+        left, ended = list(cells), 0
+        while left and ended < 2:
+            given.say(f"starting the engine with {options} options{' again' if ended else ''}")
             self._shelf.add(f"matrix-{options}", self._settings(options))
             log = self._where / options / "terminal.log"
             try:
                 with Serving(self._program, log, VITALIS_PROFILE=f"matrix-{options}") as running:
                     running.wait(1, self._start_seconds, given.say)
                     sides = _targets(running)
-                    while left and running.alive and not running.failed():
-                        self._add(self._measured(left.pop(0), sides))
+                    while left:
+                        cell = left.pop(0)
+                        outcome = self._measured(cell, sides)
+                        try:
+                            running.check()
+                        except StartFailed as failure:
+                            self._add(Outcome(cell=cell, problem=str(failure)))
+                            ended += 1
+                            break
+                        self._add(outcome)
+                        ended = 0
             except StartFailed as failure:
-                for cell in left:
-                    self._add(Outcome(cell=cell, problem=f"the engine did not start: {failure}"))
-                return
+                self._add(Outcome(cell=left.pop(0), problem=f"the engine did not start: {failure}"))
+                break
         for cell in left:
-            self._add(Outcome(cell=cell, problem="the engine ended twice before this"))
+            self._add(Outcome(cell=cell, problem="not tried, since the engine ended before"))
 
     def _measured(self, cell: Cell, sides: dict[str, Target]) -> Outcome:
         given.say(f"{cell.options}, {cell.shape}, {cell.streams} streams, {cell.way}")

@@ -150,18 +150,20 @@ class _Search:
             with Serving(self._program, place / "terminal.log", VITALIS_PROFILE=folder) as running:
                 running.wait(replicas, self._start_seconds, given.say)
                 with tenants.with_keys(running.target(self._model), self._scenario, given.say) as target:
-                    self._measure(trial, folder, target)
+                    self._measure(trial, folder, target, running)
         except StartFailed as failure:
-            trial.state, trial.reason = "failed", f"did not start: {failure}"
+            trial.state, trial.reason = "failed", str(failure)
         except LoadFailure as failure:
             if failure.code != Exit.NO_TARGET:
                 raise
-            trial.state, trial.reason = "failed", f"ended under load: {failure.message}"
+            trial.state, trial.reason = "failed", failure.message
 
-    def _measure(self, trial: Trial, folder: str, target: Target) -> None:
+    def _measure(self, trial: Trial, folder: str, target: Target, running: Serving) -> None:
+        """Raises StartFailed where the engine ends under the load."""
         champion = self.winner_point() if trial.candidate else None
         while step := tuning.next_measurement(trial.points, champion, self._bounds):
             found = self._point(step, folder, target)
+            running.check()
             trial.points.append(found)
             self._note(trial, point=found)
             given.say(f"  {loads.line(found, self._bounds.unit)}")
