@@ -31,9 +31,9 @@ def text(result: Result) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     for verdict in result.verdicts:
-        value = "nothing measured" if verdict.value is None else f"{verdict.value:.4g}"
+        value = "nothing measured" if verdict.value is None else f"{numbers.digits(verdict.value, 4)}"
         name = f"{verdict.task}: {verdict.name}" if verdict.task else verdict.name
-        lines.append(f"SLO {name} {verdict.limit:g}: {value} {'ok' if verdict.ok else 'MISSED'}")
+        lines.append(f"SLO {name} {numbers.digits(verdict.limit, 4)}: {value} {'ok' if verdict.ok else 'MISSED'}")
     for failure in result.failures:
         lines.append(f"failed: {failure.error} x {failure.count} ({numbers.share(failure.share)}): {failure.detail}")
     lines += [f"note: {note}" for note in result.honesty.notes]
