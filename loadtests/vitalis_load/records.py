@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-# Beside "http_<status>": no head within the connection's deadline; the connection broke; no end within the request's
+# Beside "http_<status>": no connection could be made in time; the connection broke; no end within the request's
 # deadline; an error event inside a 200; a stream that just ended; bytes that are not the API's.
 ERRORS = ("connect", "reset", "timeout", "stream_error", "no_end", "garbled")
 

@@ -10,7 +10,7 @@ from gevent.event import Event
 from gevent.pool import Group
 from gevent.queue import Queue
 
-from vitalis_load import client, streams
+from vitalis_load import client, streams, wakes
 from vitalis_load.asking import Arrival, Ask, Plan
 from vitalis_load.meter import Batch, Meter
 from vitalis_load.records import Record
@@ -83,7 +83,7 @@ class Session:
             self._own.spawn(self._arrive, made)
 
     def connection(self) -> client.Connection:
-        return client.Connection(self._address)
+        return client.Connection(self._address, wakes=wakes.of_this_process())
 
     def user_number(self) -> int:
         """Of one more closed user, over all processes."""

@@ -4,6 +4,7 @@ Engines give all their streams a token at the same moment, so many greenlets are
 other: the last of a hundred would take its token for several milliseconds late.
 """
 
+import functools
 import time
 
 import gevent
@@ -26,3 +27,9 @@ class Wakes:
     def since(self, turn: int) -> float:
         """Seconds since the loop woke whoever began to wait in turn `turn`; 0 where it did not have to wait."""
         return time.monotonic() - self.at if self.turn != turn else 0.0
+
+
+@functools.cache
+def of_this_process() -> Wakes:
+    """Made at the first call: after Locust has forked its workers."""
+    return Wakes()
