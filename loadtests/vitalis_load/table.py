@@ -31,10 +31,15 @@ def text(result: Result) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     for verdict in result.verdicts:
-        value = "nothing measured" if verdict.value is None else f"{numbers.digits(verdict.value, 4)}"
+        value = "nothing measured" if verdict.value is None else f"{_plain(verdict.value)}"
         name = f"{verdict.task}: {verdict.name}" if verdict.task else verdict.name
-        lines.append(f"SLO {name} {numbers.digits(verdict.limit, 4)}: {value} {'ok' if verdict.ok else 'MISSED'}")
+        lines.append(f"SLO {name} {_plain(verdict.limit)}: {value} {'ok' if verdict.ok else 'MISSED'}")
     for failure in result.failures:
         lines.append(f"failed: {failure.error} x {failure.count} ({numbers.share(failure.share)}): {failure.detail}")
     lines += [f"note: {note}" for note in result.honesty.notes]
     return "\n".join(lines)
+
+
+def _plain(value: float) -> str:
+    """Without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
