@@ -3,8 +3,8 @@
 
     python3 deploy/environments.py ROLE [--commands .venv]
 
-ROLE: gateway, dev, load, engine-cpu, engine-cuda, or engine (one of the last two, by the hardware). With --commands it also
-writes .venv/bin/vitalis-serve, python and the like, for this checkout.
+ROLE: gateway, dev, load, engine-cpu, engine-cuda, or engine (one of the last two, by the hardware). With --commands it
+also writes .venv/bin/vitalis-serve, python and the like, for this checkout.
 
 Environments live in the cache folder ($VITALIS_CACHE, else $XDG_CACHE_HOME/vitalis-serve, else ~/.cache/vitalis-serve)
 under `env/<role>-<hash of lock file, Python and this layout>`, shared by all checkouts; the package itself is not in
@@ -327,12 +327,13 @@ def write_commands(folder: Path, python: Path) -> None:
         del commands["vitalis-serve"]  # its packages are not in this environment
         commands["vitalis-load"] = '-P -m vitalis_load "$@"'
     (folder / "bin").mkdir(parents=True, exist_ok=True)
+    ours = f"{REPOSITORY}/server:{REPOSITORY}/loadtests"
     for name, arguments in commands.items():
         target = folder / "bin" / name
         fresh = target.with_name(f".{name}.{os.getpid()}")
         fresh.write_text(
             "#!/bin/sh\n# Written by deploy/environments.py.\n"
-            f"PYTHONPATH='{REPOSITORY}/server:{REPOSITORY}/loadtests'\"${{PYTHONPATH:+:$PYTHONPATH}}\" exec '{python}' {arguments}\n"
+            f"PYTHONPATH='{ours}'\"${{PYTHONPATH:+:$PYTHONPATH}}\" exec '{python}' {arguments}\n"
         )
         fresh.chmod(0o755)
         fresh.replace(target)

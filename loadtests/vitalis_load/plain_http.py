@@ -52,8 +52,8 @@ def ask(
     url: str, path: str, *, document: object = None, token: str = "", headers: dict[str, str] | None = None,
     method: str = "", seconds: float = 10,
 ) -> Answer:  # fmt: skip
-    """GET, or POST where there is a document, or another method. `url` as `check_url` returns it. Raises OSError where no
-    answer came (refused, no such host, too slow, cut, not HTTP): `reason` puts it in words."""
+    """GET, or POST where there is a document, or another method. `url` as `check_url` returns it. Raises OSError where
+    no answer came (refused, no such host, too slow, cut, not HTTP): `reason` puts it in words."""
     connection, prefix = _connection(url, seconds)
     sent = {"authorization": f"Bearer {token}"} if token else {}
     sent |= headers or {}
