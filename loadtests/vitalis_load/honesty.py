@@ -67,7 +67,7 @@ def judge(repeat: RepeatData, scenario: dict[str, Any], window: Window, summary:
         notes=[],
         open_loop=open_loop,
         requests=len(inside),
-        requested_rate=len(inside) / seconds if open_loop else None,
+        requested_rate=_requested(len(inside) / seconds, expected, repeat) if open_loop else None,
         achieved_rate=sent / seconds,
         delay_p50=delay.p50 if delay else None,
         delay_p99=delay.p99 if delay else None,
@@ -84,6 +84,12 @@ def judge(repeat: RepeatData, scenario: dict[str, Any], window: Window, summary:
     verdict.client_bound = bool(verdict.reasons)
     verdict.notes = list(_notes(verdict, summary, repeat))
     return verdict
+
+
+def _requested(due: float, expected: dict[str, Any], repeat: RepeatData) -> float:
+    """What a lost process should have sent was due to nobody who could write it down."""
+    lost = repeat.end is not None and repeat.end.lost_processes
+    return max(due, expected.get("mean_rate") or 0.0) if lost else due
 
 
 def over(verdicts: Sequence[Honesty], numbers: Sequence[int]) -> Honesty:

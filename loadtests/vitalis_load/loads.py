@@ -173,5 +173,7 @@ def _missed(verdict: Verdict) -> str:
     unit = next((unit for end, unit in _UNITS.items() if verdict.name.endswith(end)), "")
     words = verdict.name.removesuffix("_ms").replace("_", " ").replace("ttft", "TTFT").replace("tpot", "TPOT")
     whose = f"{verdict.task}: " if verdict.task else ""
+    if verdict.why:
+        return f"{whose}{words}: {verdict.why}"
     got = "none" if verdict.value is None else f"{verdict.value:.4g}{unit}"
     return f"{whose}{words} {got}, not {verdict.limit:.4g}{unit}"

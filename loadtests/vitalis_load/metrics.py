@@ -140,6 +140,7 @@ class Verdict(msgspec.Struct):
     value: float | None
     ok: bool
     task: str = ""  # whose limit it is; "" for the run's
+    why: str = ""  # a clause where it is not `value` that broke it
 
 
 # -- of one request
@@ -348,7 +349,14 @@ def summarise(records: Sequence[Record], gaps: Histogram | None, window: Window,
 
 
 def check(summary: Part, slo: Slo) -> list[Verdict]:
-    """One verdict for each limit, of a whole run or of a part. Where nothing was measured, nothing was kept."""
+    """One verdict for each limit, of a whole run or of a part. Where nothing was measured, nothing was kept.
+
+    A request that failed kept no limit, and a p99 leaves out one request in a hundred: where more failed, it is missed
+    whatever those say that were answered, but for who has said with `failed_share` how many may fail.
+    """
+    failing = summary.failed_share or 0.0
+    broken = failing > 0.01 and slo.failed_share is None
+    why = f"{failing:.1%} of all failed, more than a p99 leaves out" if broken else ""
 
     def p99(of: Spread | None) -> float | None:
         return None if of is None else of.p99 * 1e3
@@ -358,10 +366,14 @@ def check(summary: Part, slo: Slo) -> list[Verdict]:
         ("ttft_p99_ms", slo.ttft_p99_ms, p99(summary.ttft)),
         ("tpot_p99_ms", slo.tpot_p99_ms, p99(summary.tpot)),
         ("e2e_p99_ms", slo.e2e_p99_ms, p99(summary.e2e)),
-        ("failed_share", slo.failed_share, summary.failed_share),
     ):
         if limit is not None:
-            verdicts.append(Verdict(name, limit, value, value is not None and value <= limit))
+            verdicts.append(Verdict(name, limit, value, value is not None and value <= limit and not why, why=why))
+    if slo.failed_share is not None:
+        share = summary.failed_share
+        verdicts.append(
+            Verdict("failed_share", slo.failed_share, share, share is not None and share <= slo.failed_share)
+        )
     for name, limit, value in (
         ("min_goodput", slo.min_goodput, summary.goodput if summary.requests else None),
         ("min_tokens_per_second", slo.min_tokens_per_second, summary.output_tokens_per_second),

@@ -287,7 +287,8 @@ def _judged(checked: list[list[Verdict]]) -> Iterable[Verdict]:
         values = [verdict.value for verdict in same if verdict.value is not None]
         held = sum(verdict.ok for verdict in same)
         median = statistics.median(values) if values else None
-        yield msgspec.structs.replace(same[0], value=median, ok=held * 2 > len(same))
+        why = "" if held * 2 > len(same) else next((verdict.why for verdict in same if verdict.why), "")
+        yield msgspec.structs.replace(same[0], value=median, ok=held * 2 > len(same), why=why)
 
 
 def _failures(records: list[Record]) -> list[Failure]:

@@ -43,6 +43,7 @@ def run(
     NO_TARGET before anything was measured; RunFailure where the server went away between repeats (NO_TARGET), the disk
     became full (CANNOT_WRITE) or SIGINT came (INTERRUPTED): what was measured until then is kept and has its report.
     """
+    out = Path(out).absolute()  # Locust runs in the run's folder
     progress(f"scenario {scenario.name} ({scale}): {repeats} x {scenario.seconds:.0f} s against {target.url}")
     target = preflight.check(target, scenario, progress)
     resolved = scenario.resolved()

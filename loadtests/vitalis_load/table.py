@@ -33,7 +33,8 @@ def text(result: Result) -> str:
     for verdict in result.verdicts:
         value = "nothing measured" if verdict.value is None else f"{_plain(verdict.value)}"
         name = f"{verdict.task}: {verdict.name}" if verdict.task else verdict.name
-        lines.append(f"SLO {name} {_plain(verdict.limit)}: {value} {'ok' if verdict.ok else 'MISSED'}")
+        why = f" ({verdict.why})" if verdict.why else ""
+        lines.append(f"SLO {name} {_plain(verdict.limit)}: {value} {'ok' if verdict.ok else 'MISSED'}{why}")
     for failure in result.failures:
         lines.append(f"failed: {failure.error} x {failure.count} ({numbers.share(failure.share)}): {failure.detail}")
     lines += [f"note: {note}" for note in result.honesty.notes]

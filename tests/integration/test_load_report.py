@@ -19,7 +19,14 @@ from tests.support.measured import Load, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = Load(
-    rate=10, seconds=16, warmup=3, cooldown=3, peak=2, tenants=("acme", "umbrella"), classes=("normal", "emergency")
+    rate=10,
+    seconds=16,
+    warmup=3,
+    cooldown=3,
+    peak=2,
+    tenants=("acme", "umbrella"),
+    classes=("normal", "emergency"),
+    slo={"ttft_p99_ms": 2000, "tpot_p99_ms": 40, "failed_share": 0.1},
 )
 
 

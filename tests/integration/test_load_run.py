@@ -76,7 +76,7 @@ class Stage:
     def play_whole(self, python: Path) -> None:
         """Beside a running server, which is found by its data folder."""
         ours = Installation(self.folder)
-        words = ("run", str(self.scenario), "--data-folder", str(ours.var), "--make-keys", "--out", str(self.out))
+        words = ("run", str(self.scenario), "--data-folder", str(ours.var), "--make-keys", "--out", self.out.name)
         try:
             ours.start("up")
             ours.until(lambda: "Ready. Try it" in ours.said(), loading.SECONDS)
@@ -270,6 +270,11 @@ def test_a_lost_worker_is_named_and_the_others_go_on(stages: dict[str, Stage]) -
     assert last[1 - lost] > 8.8  # to the end of warm-up, what is measured and cool-down
     assert last[lost] < last[1 - lost] - 1
     assert stage.result["partial"] is True
+    honesty = stage.result["honesty"]
+    assert honesty["requested_rate"] == pytest.approx(20)  # what nobody sent was asked for all the same
+    assert honesty["achieved_rate"] < 19
+    assert stage.code == 1, stage.said
+    assert "the run is partial" in stage.said
 
 
 def test_what_fits_on_a_disk_is_kept(stages: dict[str, Stage]) -> None:

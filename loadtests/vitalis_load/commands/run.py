@@ -9,6 +9,7 @@ import typer
 
 from vitalis_load import options, result, runs, scenario, table, tenants
 from vitalis_load.errors import Exit, LoadFailure
+from vitalis_load.result import Result
 
 RESULTS = Path("results")
 
@@ -67,15 +68,18 @@ def run(
         raise
     except KeyboardInterrupt:
         raise LoadFailure("interrupted", Exit.INTERRUPTED) from None
-    if not show(folder):
+    made = show(folder)
+    if not made.met:
         raise LoadFailure("an SLO was missed", Exit.MISSED)
+    if made.partial:
+        raise LoadFailure(f"the run is partial: {'; '.join(made.partial_reasons)}", Exit.MISSED)
 
 
-def show(folder: Path) -> bool:
-    """Prints the result; whether the SLO was met."""
+def show(folder: Path) -> Result:
+    """Prints the result, and returns it."""
     made = result.load(folder)
     print(f"\n{table.text(made)}\n\nreport: {folder / 'report.html'}", flush=True)
-    return made.met
+    return made
 
 
 def say(line: str) -> None:

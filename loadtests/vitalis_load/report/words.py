@@ -38,4 +38,6 @@ def limit_words(verdict: Verdict) -> tuple[str, str, str]:
 def missed(verdict: Verdict) -> str:
     """A sentence about a limit that was not kept."""
     title, limit, value = limit_words(verdict)
+    if verdict.why:
+        return f"{title}: {verdict.why}."
     return f"{title} was {value}, {limit} was asked for." if verdict.value is not None else f"{title} was not measured."

@@ -156,6 +156,16 @@ def test_a_limit_holds_where_it_does_in_most_repeats(tmp_path: Path) -> None:
         assert made.verdicts[0].value == pytest.approx(sorted(tails)[1] * 1000)
 
 
+def test_a_server_that_fails_often_keeps_no_limit_by_those_it_answered(tmp_path: Path) -> None:
+    for failing, kept in ((0.0, True), (0.3, False)):
+        made = result.build(measured.write(tmp_path / str(failing), Server(failing=failing), SMALL))
+        assert [(verdict.name, verdict.ok) for verdict in made.verdicts] == [
+            ("ttft_p99_ms", kept),
+            ("tpot_p99_ms", kept),
+        ]
+        assert ["more than a p99 leaves out" in verdict.why for verdict in made.verdicts] == [not kept] * 2
+
+
 def test_tasks_have_limits_of_their_own(tmp_path: Path) -> None:
     folder = measured.write(tmp_path / "tasks", Server(), SMALL)
     tail = result.build(folder).repeats[0].summary.by_task["chat"].ttft
