@@ -1,13 +1,17 @@
 # Thin on purpose: every target is the command itself. `make` alone prints this help.
 PYTHON ?= python3
 CONFIG ?= config/gpt-oss.yaml
+SCENARIO ?= short-chat
+SCALE ?= small
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve doctor test test-fast test-vllm soak bench lint format types lock clean environments
+.PHONY: help serve doctor test test-fast test-vllm soak bench load locust sweep tune overhead bench-gpu lint format types lock clean environments
 
 # Makes the environment on first use (shared by all checkouts, see deploy/environments.py) and .venv/bin for this checkout.
 DEV = $(PYTHON) deploy/environments.py dev --commands .venv/dev >/dev/null
+# Locust pins what the server must be free to choose, so load tests have their own.
+LOAD = $(PYTHON) deploy/environments.py load --commands .venv/load >/dev/null
 IN = .venv/dev/bin
 GATEWAY = $(PYTHON) deploy/environments.py gateway --commands .venv >/dev/null
 # Where it cannot be made, the tests that need it are listed as not run, with the reason.
@@ -25,7 +29,7 @@ doctor:  ## what this machine has, and what is missing
 	@$(GATEWAY); exec .venv/bin/vitalis-serve doctor --config $(CONFIG)
 
 test:  ## lint, types and every test, real engines included
-	@$(DEV); $(ENGINE); status=0; \
+	@$(DEV); $(LOAD); $(ENGINE); status=0; \
 	$(IN)/ruff check . || status=1; \
 	$(IN)/ruff format --check . || status=1; \
 	$(IN)/mypy || status=1; \
@@ -50,6 +54,26 @@ bench:  ## the gateway's cost per request and event, measured on this machine
 	else echo "limits in Redis: not measured, redis-server is not installed"; fi; \
 	exec $(IN)/python tests/bench/overhead.py $(ARGS)
 
+load:  ## SCENARIO (short-chat) against a running `make serve`, with a report; SCALE=full for a GPU
+	@$(LOAD); exec .venv/load/bin/vitalis-load run $(SCENARIO) --scale $(SCALE) $(ARGS)
+
+locust:  ## the same scenario in Locust's web UI, http://127.0.0.1:8089
+	@$(LOAD); exec .venv/load/bin/locust -f loadtests/locustfile.py --scenario $(SCENARIO) --scale $(SCALE) --web-host 127.0.0.1 $(ARGS)
+
+sweep:  ## raise the load of SCENARIO on a running server until its SLO is missed; SCALE=full for a GPU
+	@$(LOAD); exec .venv/load/bin/vitalis-load sweep $(SCENARIO) --scale $(SCALE) $(ARGS)
+
+tune:  ## engine options with the best goodput for SCENARIO, as a profile; SCALE=full for a GPU
+	@$(GATEWAY); $(LOAD); engine=$$($(PYTHON) deploy/environments.py engine); VITALIS_ENGINE_PYTHON="$$engine" \
+	exec .venv/load/bin/vitalis-load tune $(SCENARIO) --scale $(SCALE) --config $(CONFIG) $(ARGS)
+
+overhead:  ## a running server's engine, directly and through the gateway; ARGS=--simulator needs none
+	@$(GATEWAY); $(LOAD); exec .venv/load/bin/vitalis-load overhead --config $(CONFIG) $(ARGS)
+
+bench-gpu:  ## the whole matrix on one card, unattended; ARGS=--rehearse in small without one
+	@$(GATEWAY); $(LOAD); engine=$$($(PYTHON) deploy/environments.py engine); VITALIS_ENGINE_PYTHON="$$engine" \
+	exec .venv/load/bin/vitalis-load bench-gpu --config $(CONFIG) $(ARGS)
+
 lint:  ## ruff: rules and format
 	@$(DEV); $(IN)/ruff check .; exec $(IN)/ruff format --check .
 
@@ -63,7 +87,7 @@ lock:  ## resolve deploy/locks/ again (ARGS=--upgrade for the newest versions)
 	@exec $(PYTHON) deploy/lock.py $(ARGS)
 
 environments:  ## make every environment that make test needs, and stop
-	@$(DEV); $(GATEWAY); $(PYTHON) deploy/environments.py engine-cpu
+	@$(DEV); $(GATEWAY); $(LOAD); $(PYTHON) deploy/environments.py engine-cpu
 
 clean:  ## what was made in this checkout; the cache and var/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -3,8 +3,8 @@
 
     python3 deploy/environments.py ROLE [--commands .venv]
 
-ROLE: gateway, dev, engine-cpu, engine-cuda, or engine (one of the last two, by the hardware). With --commands it also
-writes .venv/bin/vitalis-serve, python and the like, for this checkout.
+ROLE: gateway, dev, load, engine-cpu, engine-cuda, or engine (one of the last two, by the hardware). With --commands it
+also writes .venv/bin/vitalis-serve, python and the like, for this checkout.
 
 Environments live in the cache folder ($VITALIS_CACHE, else $XDG_CACHE_HOME/vitalis-serve, else ~/.cache/vitalis-serve)
 under `env/<role>-<hash of lock file, Python and this layout>`, shared by all checkouts; the package itself is not in
@@ -45,13 +45,14 @@ LOCK_WAIT_SECONDS = 2
 ROLES = {
     "gateway": (("uvicorn", "httptools", "msgspec", "fastapi", "sqlalchemy"), 0.5),
     "dev": (("uvicorn", "pytest", "openai", "anthropic"), 1.0),
+    "load": (("gevent", "locust", "hdrh", "httptools", "msgspec"), 0.3),
     "engine-cpu": (("torch", "transformers", "vllm"), 5.0),
     "engine-cuda": (("torch", "transformers", "vllm"), 20.0),
 }
 # role -> shared libraries that its packages load and no wheel brings, with the Debian package of each
 LIBRARIES = {"engine-cpu": {"libnuma.so.1": "libnuma1"}}
 ENGINE_PYTHONS = ("3.11", "3.12", "3.13")
-COMMANDS = {"pytest": "pytest", "ruff": "ruff", "mypy": "mypy", "pre-commit": "pre_commit"}
+COMMANDS = {"pytest": "pytest", "ruff": "ruff", "mypy": "mypy", "pre-commit": "pre_commit", "locust": "locust"}
 
 
 class EnvironmentFailure(Exception):
@@ -322,13 +323,17 @@ def write_commands(folder: Path, python: Path) -> None:
     for name, module in COMMANDS.items():
         if (python.parent / name).exists():
             commands[name] = f'-m {module} "$@"'
+    if "locust" in commands:
+        del commands["vitalis-serve"]  # its packages are not in this environment
+        commands["vitalis-load"] = '-P -m vitalis_load "$@"'
     (folder / "bin").mkdir(parents=True, exist_ok=True)
+    ours = f"{REPOSITORY}/server:{REPOSITORY}/loadtests"
     for name, arguments in commands.items():
         target = folder / "bin" / name
         fresh = target.with_name(f".{name}.{os.getpid()}")
         fresh.write_text(
             "#!/bin/sh\n# Written by deploy/environments.py.\n"
-            f"PYTHONPATH='{REPOSITORY}/server'\"${{PYTHONPATH:+:$PYTHONPATH}}\" exec '{python}' {arguments}\n"
+            f"PYTHONPATH='{ours}'\"${{PYTHONPATH:+:$PYTHONPATH}}\" exec '{python}' {arguments}\n"
         )
         fresh.chmod(0o755)
         fresh.replace(target)

@@ -22,6 +22,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 SOURCES = {
     "gateway": ["pyproject.toml"],
     "dev": ["pyproject.toml", "--group", "dev"],
+    "load": ["deploy/locks/load.in"],
     "engine-cpu": ["deploy/locks/engine-cpu.in", "--override", "deploy/locks/engine-cpu.overrides"],
     "engine-cuda": ["deploy/locks/engine-cuda.in"],
 }

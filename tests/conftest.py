@@ -3,10 +3,11 @@ servers that whole sessions share."""
 
 from hypothesis import settings
 
+from tests.support.loading import load_python
 from tests.support.postgres import postgres, postgres_url
 from tests.support.stores import place
 
-__all__ = ["place", "postgres", "postgres_url"]
+__all__ = ["load_python", "place", "postgres", "postgres_url"]
 
 # No deadline: it is wall-clock time, and a busy machine's pause is not a defect.
 settings.register_profile("test", deadline=None, derandomize=True)

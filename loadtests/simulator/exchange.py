@@ -13,16 +13,8 @@ from simulator.calls import LEAKED
 from simulator.requests import Work
 from simulator.rules import Rule
 from simulator.schedule import Sequence
-from simulator.shapes import (
-    BODIES,
-    ID_PREFIXES,
-    WRITERS,
-    Answer,
-    MessageWriter,
-    ResponseWriter,
-    Writer,
-    error_body,
-)
+from simulator.shapes import BODIES, ID_PREFIXES, Answer, error_body
+from simulator.writers import WRITERS, MessageWriter, ResponseWriter, Writer
 
 if TYPE_CHECKING:
     from simulator.connection import Connection, Request
@@ -59,6 +51,8 @@ class Exchange:
         self.writer: Writer | None = None
         self.ended = False
         self.events = 0
+        self._interval = server.options.stream_interval
+        self._told = 0  # tokens whose events were made
         self._pieces: list[bytes] = []
         self._times: list[float] | None = [] if server.options.log_token_times else None
         self._timer: asyncio.Handle | None = None
@@ -148,13 +142,21 @@ class Exchange:
         writer = self.writer
         if writer is None or self.ended:
             return
+        events = writer.token(sequence.generated) if self._interval == 1 else self._group(writer, sequence)
         if self.rule is None:
-            for event in writer.token(sequence.generated):
-                self.events += 1
-                self._pieces.append(chunk(event))
+            self.events += len(events)
+            self._pieces.extend([chunk(event) for event in events])
         else:
-            for event in writer.token(sequence.generated):
+            for event in events:
                 self._event(event)
+
+    def _group(self, writer: Writer, sequence: Sequence) -> list[bytes]:
+        """The events of the tokens since the last ones: at the first, at every n-th after an event, and at the end."""
+        count = sequence.generated
+        if self._told and count - self._told < self._interval and count < sequence.target:
+            return []
+        first, self._told = self._told + 1, count
+        return writer.group(first, count)
 
     def finished(self, now: float) -> None:
         if self.ended:

@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 from simulator.options import Options
-from simulator.schedule import Schedule
+from simulator.schedule import Schedule, Sequence
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
             80.0, 160.0, 640.0, 2560.0)  # fmt: skip
@@ -50,12 +50,29 @@ class Measures:
         self.gap = Histogram(_GAPS)
         self.latency = Histogram(_LATENCY)
         self.queue = Histogram(_LATENCY)
+        self.prefill = Histogram(_LATENCY)
+        self.decode = Histogram(_LATENCY)
+        self.inference = Histogram(_LATENCY)
+        self.per_token = Histogram(_GAPS)
         self.prompt_tokens = Histogram(_TOKENS)
         self.generation_tokens = Histogram(_TOKENS)
         self.step_tokens = Histogram(_STEP_TOKENS)
         self.finished = dict.fromkeys(FINISHED_REASONS, 0)
         self.rejected = 0
         self.started = time.time()
+
+    def request(self, sequence: Sequence, reason: str, count: int, now: float) -> None:
+        """A request of `count` answers has its last token."""
+        decode = now - sequence.first_token
+        self.finished[reason] += count
+        self.latency.observe(now - sequence.arrived)
+        self.queue.observe(sequence.scheduled - sequence.arrived)
+        self.prefill.observe(sequence.first_token - sequence.scheduled)
+        self.decode.observe(decode)
+        self.inference.observe(now - sequence.scheduled)
+        self.per_token.observe(decode / max(1, sequence.generated - 1))
+        self.prompt_tokens.observe(sequence.prompt_tokens)
+        self.generation_tokens.observe(sequence.generated * count)
 
     def page(self, options: Options, schedule: Schedule) -> bytes:
         """The answer of GET /metrics."""
@@ -81,6 +98,8 @@ class Measures:
         add("counter", "prefix_cache_hits", "Prefix cache hits, in tokens.", [(labels, schedule.cache_hits)])
         add("counter", "num_preemptions", "Cumulative number of preemptions.", [(labels, schedule.preemptions)])
         add("counter", "prompt_tokens", "Number of prefill tokens processed.", [(labels, schedule.prompt_tokens)])
+        add("counter", "prompt_tokens_cached", "Number of prompt tokens found in the prefix cache.",
+            [(labels, schedule.cache_hits)])  # fmt: skip
         add("counter", "generation_tokens", "Number of generation tokens processed.",
             [(labels, schedule.generation_tokens)])  # fmt: skip
         add("counter", "request_success", "Count of successfully processed requests.",
@@ -94,6 +113,10 @@ class Measures:
             ("inter_token_latency_seconds", "Histogram of inter-token latency in seconds.", self.gap),
             ("e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", self.latency),
             ("request_queue_time_seconds", "Histogram of time spent in WAITING phase.", self.queue),
+            ("request_prefill_time_seconds", "Histogram of time spent in PREFILL phase.", self.prefill),
+            ("request_decode_time_seconds", "Histogram of time spent in DECODE phase.", self.decode),
+            ("request_inference_time_seconds", "Histogram of time spent in RUNNING phase.", self.inference),
+            ("request_time_per_output_token_seconds", "Histogram of time per output token.", self.per_token),
             ("request_prompt_tokens", "Number of prefill tokens processed.", self.prompt_tokens),
             ("request_generation_tokens", "Number of generation tokens processed.", self.generation_tokens),
         ):

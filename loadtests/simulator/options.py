@@ -8,27 +8,15 @@ of vLLM's that changes nothing here is accepted and has no effect; one that neit
 import argparse
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
+from simulator.calibration import Unusable, load
 from simulator.rules import Rule, parse_rule
+from simulator.speed import PRESETS, Speed
 
 VERSION = "0.32.0"
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """How fast the engine is. prefill_tokens_per_second 0: prefill takes no time."""
-
-    decode_step_seconds: float
-    per_sequence_seconds: float
-    prefill_tokens_per_second: float
-
-
-PRESETS = {
-    "sim-20b": Speed(0.008, 0.0001, 20_000),
-    "instant": Speed(0, 0, 0),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +39,7 @@ class Options:
     max_num_queued_requests: int = 0
     scheduling_policy: str = "fcfs"
     prefix_caching: bool = True
+    stream_interval: int = 1
     prompt_tokens_details: bool = False
     request_id_headers: bool = False
     api_key: str = ""
@@ -74,7 +63,6 @@ _WITHOUT_EFFECT = {
     "--tool-call-parser": 1,
     "--reasoning-parser": 1,
     "--chat-template": 1,
-    "--stream-interval": 1,
     "--sse-keep-alive-interval": 1,
     "--shutdown-timeout": 1,
     "--middleware": 1,
@@ -123,8 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--api-key", default="")
     speed = parser.add_argument_group("how fast it is")
     speed.add_argument("--preset", choices=sorted(PRESETS), default="sim-20b")
-    speed.add_argument("--decode-step-ms", type=float, help="a step's time, of the preset if not given")
+    speed.add_argument("--calibration", default="", metavar="FILE", help="of a real engine, see `simulator calibrate`")
+    speed.add_argument("--decode-step-ms", type=float, help="a step's time; of the preset or calibration")
     speed.add_argument("--per-sequence-ms", type=float, help="added to a step for each sequence that decodes")
+    speed.add_argument("--per-context-token-ns", type=float, help="added for each token of its context")
     speed.add_argument("--prefill-tokens-per-second", type=float, help="0: prefill takes no time")
     speed.add_argument("--max-num-seqs", type=int, default=64)
     speed.add_argument("--max-num-batched-tokens", type=int, default=2048, help="tokens a step may hold")
@@ -136,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     shape = parser.add_argument_group("what it tells")
     shape.add_argument("--log", default="", metavar="PATH", help="one JSON line for each finished request")
     shape.add_argument("--log-token-times", action="store_true", help="with the time of every token")
+    shape.add_argument("--stream-interval", type=int, default=1, help="tokens an event; the first has one")
     shape.add_argument("--enable-prompt-tokens-details", action="store_true")
     shape.add_argument("--enable-request-id-headers", action="store_true")
     trouble = parser.add_argument_group("how it misbehaves")
@@ -152,14 +143,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _speed(arguments: argparse.Namespace) -> Speed:
-    preset = PRESETS[arguments.preset]
+def _speed(arguments: argparse.Namespace, base: Speed) -> Speed:
     step, each, prefill = arguments.decode_step_ms, arguments.per_sequence_ms, arguments.prefill_tokens_per_second
+    context = arguments.per_context_token_ns
     return Speed(
-        preset.decode_step_seconds if step is None else step / 1000,
-        preset.per_sequence_seconds if each is None else each / 1000,
-        preset.prefill_tokens_per_second if prefill is None else prefill,
+        base.decode_step_seconds if step is None else step / 1000,
+        base.per_sequence_seconds if each is None else each / 1000,
+        base.prefill_tokens_per_second if prefill is None else prefill,
+        base.per_context_token_seconds if context is None else context / 1e9,
     )
+
+
+def _calibrated(parser: argparse.ArgumentParser, argv: list[str]) -> Speed | None:
+    """What the calibration that argv names says; its engine's options become defaults."""
+    path = parser.parse_known_args(argv)[0].calibration
+    if not path:
+        return None
+    try:
+        calibration = load(Path(path))
+    except Unusable as error:
+        parser.error(str(error))
+    known = msgspec.structs.asdict(calibration.engine)
+    known["block_size"] = known.pop("block_tokens")
+    parser.set_defaults(**{name: value for name, value in known.items() if value is not None})
+    return calibration.speed
 
 
 def _models(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -171,6 +178,7 @@ def _models(arguments: argparse.Namespace) -> tuple[str, ...]:
 def parse(argv: list[str]) -> Options:
     """The options that argv asks for. A flag or a rule that is wrong ends the process with code 2 and a sentence."""
     parser = _parser()
+    calibrated = _calibrated(parser, argv)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and not arguments.lenient:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (--lenient ignores them)")
@@ -192,7 +200,7 @@ def parse(argv: list[str]) -> Options:
         control=arguments.control,
         log_path=arguments.log,
         log_token_times=arguments.log_token_times,
-        speed=_speed(arguments),
+        speed=_speed(arguments, calibrated or PRESETS[arguments.preset]),
         max_num_seqs=arguments.max_num_seqs,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         kv_cache_tokens=arguments.kv_cache_tokens,
@@ -201,6 +209,7 @@ def parse(argv: list[str]) -> Options:
         max_num_queued_requests=arguments.max_num_queued_reqs,
         scheduling_policy=arguments.scheduling_policy,
         prefix_caching=not arguments.no_enable_prefix_caching,
+        stream_interval=max(1, arguments.stream_interval),
         prompt_tokens_details=arguments.enable_prompt_tokens_details,
         request_id_headers=arguments.enable_request_id_headers,
         api_key=arguments.api_key,

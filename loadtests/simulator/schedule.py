@@ -3,16 +3,16 @@
 How it works: `begin` chooses the next step's work (one token for every sequence that decodes, then prefill in order
 within the token budget, admitting from the queue while there are seats and KV blocks) and returns how long the step
 takes; `finish` applies it and returns the sequences that got a token. A step lasts the decode step, plus a little for
-each sequence that decodes, plus its prefill tokens over the prefill speed. A sequence that finds no KV block makes
-the youngest (or least urgent) one start over.
+each sequence that decodes and for each token of their contexts, plus its prefill tokens over the prefill speed. A
+sequence that finds no KV block makes the youngest (or least urgent) one start over; that step admits nobody.
 """
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
+from simulator.blocks import Blocks, Holding
 from simulator.options import Options
 
 
@@ -28,8 +28,8 @@ class Sequence:
     """One request inside the engine. `width` tokens are generated at each step (n choices)."""
 
     __slots__ = (
-        "arrived", "block_hashes", "blocks", "cached", "computed", "decodes", "first_token", "generated", "held",
-        "order", "owner", "priority", "prompt_tokens", "scheduled", "state", "target", "width",
+        "arrived", "block_hashes", "cached", "computed", "decodes", "first_token", "generated", "held", "holding",
+        "order", "owner", "preempted", "priority", "prompt_tokens", "scheduled", "state", "target", "width",
     )  # fmt: skip
 
     def __init__(
@@ -43,7 +43,8 @@ class Sequence:
         self.width = width
         self.block_hashes = block_hashes
         self.order = 0
-        self.blocks = 0
+        self.holding = Holding()
+        self.preempted = 0  # how often
         self.cached = 0
         self.computed = 0  # tokens prefilled so far: of the prompt, after a preemption of the answer too
         self.decodes = False  # prefill is done
@@ -63,37 +64,6 @@ class Sequence:
         return (self.priority, self.order)
 
 
-class PrefixCache:
-    """Hashes of full blocks seen, least recently used first. Live sequences' blocks come off its capacity."""
-
-    def __init__(self) -> None:
-        self._blocks: OrderedDict[int, None] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def hits(self, hashes: tuple[int, ...]) -> int:
-        """How many leading blocks are here."""
-        count = 0
-        for block in hashes:
-            if block not in self._blocks:
-                break
-            self._blocks.move_to_end(block)
-            count += 1
-        return count
-
-    def insert(self, hashes: tuple[int, ...], capacity: int) -> None:
-        # the last blocks go in first: a prefix must outlive what extends it
-        for block in reversed(hashes):
-            self._blocks[block] = None
-            self._blocks.move_to_end(block)
-        while len(self._blocks) > max(0, capacity):
-            self._blocks.popitem(last=False)
-
-    def clear(self) -> None:
-        self._blocks.clear()
-
-
 class Schedule:
     """All sequences of one engine, and its counters."""
 
@@ -104,15 +74,13 @@ class Schedule:
         self._block_tokens = options.block_tokens
         self._by_priority = options.scheduling_policy == "priority"
         self._caching = options.prefix_caching
-        self.total_blocks = options.kv_cache_tokens // options.block_tokens
-        self.used_blocks = 0
+        self.blocks = Blocks(options.kv_cache_tokens // options.block_tokens)
         self.running: dict[Sequence, None] = {}  # a dict for its order and its cheap removal
         self.waiting_count = 0
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._orders = 0
         self._decoding: list[Sequence] = []
         self._prefilling: list[tuple[Sequence, int]] = []
-        self.cache = PrefixCache()
         self.step_tokens = 0
         self.preemptions = 0
         self.prompt_tokens = 0
@@ -131,7 +99,7 @@ class Schedule:
         """Takes a sequence out, wherever it is; its seat and its blocks are free at once."""
         if sequence.state is State.RUNNING:
             del self.running[sequence]
-            self._release(sequence)
+            self.blocks.release(sequence.holding)
         elif sequence.state is State.WAITING:
             self.waiting_count -= 1
         sequence.state = State.GONE
@@ -141,21 +109,26 @@ class Schedule:
 
     def begin(self, now: float) -> float:
         """Chooses the next step's work. Returns the step's length in seconds; 0 work is possible."""
-        budget = self._budget
+        budget, preemptions = self._budget, self.preemptions
         self._decoding = []
+        size = self._block_tokens
         for sequence in list(self.running):
             if sequence.held or not sequence.decodes or sequence.state is not State.RUNNING:
                 continue
-            if self._make_room(sequence):
+            # nearly always there is room in the last block: this line runs for every token
+            room = sequence.holding.count * size
+            if sequence.prompt_tokens + (sequence.generated + 1) * sequence.width <= room or self._make_room(sequence):
                 self._decoding.append(sequence)
                 budget -= sequence.width
-        if self.preemptions:
+        if self.preemptions > preemptions:
             self._decoding = [sequence for sequence in self._decoding if sequence.state is State.RUNNING]
-        self._prefilling = list(self._prefill(budget, now))
+        self._prefilling = list(self._prefill(budget, now, admit=self.preemptions == preemptions))
         prefill_tokens = sum(tokens for _, tokens in self._prefilling)
         self.step_tokens = prefill_tokens + sum(sequence.width for sequence in self._decoding)
         speed = self._speed
         seconds = speed.decode_step_seconds + speed.per_sequence_seconds * len(self._decoding)
+        if speed.per_context_token_seconds:
+            seconds += speed.per_context_token_seconds * sum(sequence.to_prefill for sequence in self._decoding)
         if speed.prefill_tokens_per_second:
             seconds += prefill_tokens / speed.prefill_tokens_per_second
         return seconds
@@ -167,12 +140,13 @@ class Schedule:
             if sequence.state is not State.RUNNING:
                 continue
             sequence.computed += tokens
+            if sequence.block_hashes and self._caching:
+                whole = min(sequence.computed, sequence.prompt_tokens) // self._block_tokens
+                self.blocks.name(sequence.holding, sequence.block_hashes[:whole])
             if sequence.computed >= sequence.to_prefill:
                 sequence.decodes = True
                 if not sequence.generated:
                     self.prompt_tokens += sequence.prompt_tokens
-                if self._caching:
-                    self.cache.insert(sequence.block_hashes, self.total_blocks - self.used_blocks)
                 if not sequence.held:
                     got.append(sequence)
         for sequence in got:
@@ -183,29 +157,20 @@ class Schedule:
         return got
 
     def kv_usage(self) -> float:
-        return self.used_blocks / self.total_blocks if self.total_blocks else 0.0
+        """The share of the pool that live sequences hold."""
+        return self.blocks.used / self.blocks.total if self.blocks.total else 0.0
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
         self.waiting_count += 1
         heapq.heappush(self._waiting, (sequence.rank, sequence))
 
-    def _release(self, sequence: Sequence) -> None:
-        self.used_blocks -= sequence.blocks
-        sequence.blocks = 0
-
-    def _take_blocks(self, sequence: Sequence, tokens: int) -> bool:
-        more = -(-tokens // self._block_tokens) - sequence.blocks
-        if more > 0:
-            if self.used_blocks + more > self.total_blocks:
-                return False
-            sequence.blocks += more
-            self.used_blocks += more
-        return True
+    def _needed(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Blocks for one more token, if need be by preempting; False where the sequence itself had to go."""
-        while not self._take_blocks(sequence, sequence.to_prefill + sequence.width):
+        while not self.blocks.grow(sequence.holding, self._needed(sequence.to_prefill + sequence.width)):
             victim = max(self.running, key=lambda candidate: candidate.rank)
             if victim is sequence and len(self.running) == 1:
                 return True  # alone and still too big: the pool is a soft bound for one
@@ -216,19 +181,20 @@ class Schedule:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
+        sequence.preempted += 1
         del self.running[sequence]
-        self._release(sequence)
+        self.blocks.release(sequence.holding)
         sequence.computed = 0
         sequence.decodes = False
         self._enqueue(sequence)
 
-    def _prefill(self, budget: int, now: float) -> Iterator[tuple[Sequence, int]]:
+    def _prefill(self, budget: int, now: float, admit: bool) -> Iterator[tuple[Sequence, int]]:
         for sequence in self.running:
             if not sequence.decodes and budget > 0:
                 tokens = min(sequence.to_prefill - sequence.computed, budget)
                 budget -= tokens
                 yield sequence, tokens
-        while budget > 0 and len(self.running) < self._max_num_seqs:
+        while admit and budget > 0 and len(self.running) < self._max_num_seqs:
             admitted = self._admit()
             if admitted is None:
                 return
@@ -243,18 +209,24 @@ class Schedule:
         if not self._waiting:
             return None
         sequence = self._waiting[0][1]
-        if not self._take_blocks(sequence, sequence.to_prefill) and self.running:
+        found = self._find(sequence)
+        held = sequence.block_hashes[:found]
+        if not self.blocks.begin(sequence.holding, self._needed(sequence.to_prefill), held) and self.running:
             return None
         heapq.heappop(self._waiting)
         self.waiting_count -= 1
         sequence.state = State.RUNNING
         self.running[sequence] = None
-        if self._caching:
-            hits = self.cache.hits(sequence.block_hashes)
-            # the last token is always computed: its logits are what is sampled from
-            found = min(hits * self._block_tokens, sequence.prompt_tokens - 1)
+        sequence.computed = len(sequence.holding.names) * self._block_tokens
+        if self._caching and not sequence.preempted:
             self.cache_queries += sequence.prompt_tokens
-            self.cache_hits += found
-            sequence.cached = found if not sequence.generated else sequence.cached
-            sequence.computed = found
+            self.cache_hits += sequence.computed
+            sequence.cached = sequence.computed
         return sequence
+
+    def _find(self, sequence: Sequence) -> int:
+        """How many leading blocks need not be computed."""
+        if not self._caching or not sequence.block_hashes:
+            return 0
+        # the last token is always computed: its logits are what is sampled from
+        return self.blocks.found(sequence.block_hashes, (sequence.prompt_tokens - 1) // self._block_tokens)

@@ -166,12 +166,7 @@ class Server:
         now = time.monotonic()
         work, sequence, request = exchange.work, exchange.sequence, exchange.request
         if outcome == "finished" and work is not None and sequence is not None:
-            measures = self.engine.measures
-            measures.finished[work.finish_reason] += work.count
-            measures.latency.observe(now - exchange.arrived)
-            measures.queue.observe(sequence.scheduled - exchange.arrived)
-            measures.prompt_tokens.observe(work.prompt_tokens)
-            measures.generation_tokens.observe(sequence.generated * work.count)
+            self.engine.measures.request(sequence, work.finish_reason, work.count, now)
         record = {
             "id": exchange.answer.id if exchange.answer else None,
             "path": request.path,
@@ -326,7 +321,7 @@ class Server:
             "generation_tokens": schedule.generation_tokens,
             "prompt_tokens": schedule.prompt_tokens,
             "cached_tokens": schedule.cache_hits,
-            "kv_blocks_used": schedule.used_blocks,
+            "kv_blocks_used": schedule.blocks.used,
             "preemptions": schedule.preemptions,
             "frozen": engine.frozen,
             "hits": self.rules.hits,

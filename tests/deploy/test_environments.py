@@ -104,7 +104,8 @@ def test_is_made_once_and_found_again(checkout: Checkout) -> None:
             [str(checkout.folder / ".venv/bin/python"), "-c", "import os; print(os.environ['PYTHONPATH'])"],
             env=environ | ({} if given is None else {"PYTHONPATH": given}), capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        assert shown.strip() == f"{checkout.folder / 'server'}{behind}", "this checkout's package comes first"
+        ours = f"{checkout.folder / 'server'}:{checkout.folder / 'loadtests'}"
+        assert shown.strip() == ours + behind, "this checkout's packages come first"
 
     stamp = python.parent.stat().st_ctime_ns
     assert checkout.make("gateway") == (0, out, ""), "the second run is silent"

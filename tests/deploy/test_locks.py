@@ -15,7 +15,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ROOT / "deploy/locks"
-ROLES = ("gateway", "dev", "engine-cpu", "engine-cuda")
+ROLES = ("gateway", "dev", "load", "engine-cpu", "engine-cuda")
 
 
 def entries(role: str) -> Iterator[tuple[Requirement, str]]:

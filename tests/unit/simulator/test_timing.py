@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from simulator.answers import MEDIAN_TOKENS, P95_TOKENS, chat_layout, natural_tokens
-from simulator.options import PRESETS, Options
+from simulator.options import Options
 from simulator.schedule import Schedule, Sequence
+from simulator.speed import PRESETS
 
 from tests.support import client, simulator
 
@@ -69,7 +70,7 @@ def test_a_pool_that_is_full_makes_the_youngest_start_over() -> None:
     run(schedule)
     assert schedule.preemptions == 1
     assert (first.generated, second.generated) == (100, 100)
-    assert schedule.used_blocks == 0
+    assert schedule.blocks.used == 0
     assert schedule.generation_tokens == 200
 
 
@@ -83,7 +84,7 @@ def test_a_removed_sequence_leaves_nothing() -> None:
     schedule.remove(second)
     schedule.remove(first)
     schedule.remove(first)
-    assert (schedule.waiting_count, len(schedule.running), schedule.used_blocks) == (0, 0, 0)
+    assert (schedule.waiting_count, len(schedule.running), schedule.blocks.used) == (0, 0, 0)
     assert not schedule.has_work()
 
 

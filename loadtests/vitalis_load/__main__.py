@@ -1,0 +1,3 @@
+from vitalis_load.cli import main
+
+main()
