@@ -72,13 +72,18 @@ class Load:
             raise AssertionError(f"still running after {seconds} s:\n{self.said()}") from None
 
 
+def heeding() -> None:
+    """Whoever runs the tests in the background of a script has SIGINT ignored, and what is ignored stays so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def started(python: Path, *words: str, out: Path, module: str = "vitalis_load", **variables: str) -> Iterator[Load]:
     """`vitalis-load WORDS`, or another module of that environment; its whole group is gone at the end."""
     with out.open("wb") as said:
         process = subprocess.Popen(
             [str(python), "-m", module, *words], env=environment(**variables), stdout=said, stderr=said,
-            stdin=subprocess.DEVNULL, cwd=out.parent, start_new_session=True,
+            stdin=subprocess.DEVNULL, cwd=out.parent, start_new_session=True, preexec_fn=heeding,
         )  # fmt: skip
     try:
         yield Load(process, out)
