@@ -255,11 +255,17 @@ class Stack:
         return made
 
     def metrics(self) -> dict[str, float]:
-        """Control's /metrics."""
+        """Control's /metrics, once it listens: a test before may have killed it."""
         control = self.status()["control"]
         token = (self.data / "control.token").read_text().strip()
         asked = client.get("/metrics", {"authorization": f"Bearer {token}"})
-        answer = client.ask(f"http://{control['host']}:{control['port']}", asked, 30)
+
+        def ask() -> Any:
+            with contextlib.suppress(ConnectionRefusedError):
+                return client.ask(f"http://{control['host']}:{control['port']}", asked, 30)
+            return None
+
+        answer = until(ask, 30, "control answers")
         assert answer.status == 200, answer.body
         return samples(answer.body.decode())
 
