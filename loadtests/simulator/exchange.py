@@ -55,6 +55,7 @@ class Exchange:
         self._told = 0  # tokens whose events were made
         self._pieces: list[bytes] = []
         self._times: list[float] | None = [] if server.options.log_token_times else None
+        self._written: list[float] = []  # when each of those tokens went to the socket
         self._timer: asyncio.Handle | None = None
         self._dribbling: bytearray | None = None
         self._dribble_ends = False
@@ -190,7 +191,12 @@ class Exchange:
             return
         pieces = b"".join(self._pieces)
         self._pieces.clear()
-        self._send(pieces)
+        if self._times is None or self.rule is not None:
+            self._send(pieces)
+            return
+        told = len(self._times) if self._interval == 1 else self._told
+        self._written.extend([time.monotonic()] * (told - len(self._written)))
+        self.connection.write_now(pieces)
 
     # heads and bodies
 
@@ -425,4 +431,5 @@ class Exchange:
         self.ended = True
         if self.sequence is not None:
             self.server.engine.abort(self.sequence)
-        self.server.ended(self, outcome, self._times, more or {})
+        times = {} if self._times is None else {"token_times": self._times, "written_times": self._written}
+        self.server.ended(self, outcome, {**(more or {}), **times})

@@ -17,19 +17,20 @@ class Journal:
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if path else -1
-        self._lines: list[bytes] = []
+        self._records: list[dict[str, Any]] = []
 
     @property
     def pending(self) -> bool:
-        return bool(self._lines)
+        return bool(self._records)
 
     def add(self, record: dict[str, Any]) -> None:
+        """The record is read when the turn ends: what its exchange still writes in this turn is in it."""
         if self._descriptor >= 0:
-            self._lines.append(_encode(record))
+            self._records.append(record)
 
     def flush(self) -> None:
-        if self._lines:
-            text = b"\n".join(self._lines) + b"\n"
-            self._lines.clear()
+        if self._records:
+            text = b"\n".join(map(_encode, self._records)) + b"\n"
+            self._records.clear()
             while text:
                 text = text[os.write(self._descriptor, text) :]

@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--no-enable-prefix-caching", action="store_true")
     shape = parser.add_argument_group("what it tells")
     shape.add_argument("--log", default="", metavar="PATH", help="one JSON line for each finished request")
-    shape.add_argument("--log-token-times", action="store_true", help="with the time of every token")
+    shape.add_argument("--log-token-times", action="store_true", help="with when every token was made, and written")
     shape.add_argument("--stream-interval", type=int, default=1, help="tokens an event; the first has one")
     shape.add_argument("--enable-prompt-tokens-details", action="store_true")
     shape.add_argument("--enable-request-id-headers", action="store_true")

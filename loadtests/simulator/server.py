@@ -160,7 +160,7 @@ class Server:
             except Refused as refused:
                 connection.answer(request, refused.status, refused.body)
 
-    def ended(self, exchange: Exchange, outcome: str, times: list[float] | None, more: dict[str, Any]) -> None:
+    def ended(self, exchange: Exchange, outcome: str, more: dict[str, Any]) -> None:
         """An exchange is over: counts and the log."""
         self._counts[outcome] += 1
         now = time.monotonic()
@@ -189,8 +189,6 @@ class Server:
             "fields": list(work.fields) if work else [],
             **more,
         }
-        if times is not None:
-            record["token_times"] = times
         self.journal.add(record)
         self.engine.flush_soon()
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-from vitalis_load import wire
+from vitalis_load import stamps, wire
 from vitalis_load.records import Record
 from vitalis_load.streams import Reader
 
@@ -95,8 +95,8 @@ def addresses(host: str, port: int, now: float) -> list[tuple[int, Any]]:
 class Connection:
     """To "http://host:port", "https://host:port" or "unix:/path"; opened when it is needed, kept while it can be.
 
-    `tls` for https, the system's where None. `wakes` tells when bytes came under gevent. One request at a time;
-    `abandon` may come from elsewhere."""
+    `tls` for https, the system's where None. When bytes came says the kernel, and where it does not (a Unix socket,
+    TLS) `wakes`, under gevent. One request at a time; `abandon` may come from elsewhere."""
 
     def __init__(
         self,
@@ -118,6 +118,7 @@ class Connection:
         if parts.scheme == "https" and tls is None:
             self._tls = ssl.create_default_context()
         self._socket: socket.socket | None = None
+        self._stamped = False
         self._abandoned = False
 
     def ask(self, request: bytes, reader: Reader, *, scheduled: float, deadline: float, clock: Clock) -> Record:
@@ -198,6 +199,7 @@ class Connection:
                 made = self._connected(until)
                 self._socket = made
                 made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._stamped = self._tls is None and stamps.ask_for(made)
             if self._tls is not None:
                 made.settimeout(max(0.001, until - time.monotonic()))
                 self._socket = self._tls.wrap_socket(made, server_hostname=self._host)
@@ -243,6 +245,7 @@ class Connection:
 
     def _read(self, connection: socket.socket, exchange: "_Exchange", deadline: float, clock: Clock) -> bool:
         began, wakes, turn, now = False, self._wakes, 0, clock()
+        ancillary: list[tuple[int, int, bytes]] = []
         while not exchange.complete:
             left = deadline - now
             try:
@@ -251,14 +254,18 @@ class Connection:
                 if wakes is not None:
                     turn = wakes.turn
                 connection.settimeout(min(left, LINGER_SECONDS) if exchange.reader.done else left)
-                data = connection.recv(READ_BYTES)
+                if self._stamped:
+                    data, ancillary, _, _ = connection.recvmsg(READ_BYTES, stamps.SPACE)
+                else:
+                    data = connection.recv(READ_BYTES)
             except TimeoutError:
                 exchange.fail("timeout", f"no end within {deadline - exchange.record.sent:.1f} s", clock())
                 return True
             except OSError as error:
                 exchange.problem = exchange.problem or _said(error)
                 data = b""
-            now = clock() if wakes is None else clock() - wakes.since(turn)
+            age = stamps.age(ancillary) or (wakes.since(turn) if wakes is not None else 0.0)
+            now = max(now, clock() - age)  # not before what was read last, whatever was done to the wall clock
             if data:
                 began = True
                 exchange.feed(data, now)

@@ -1,7 +1,7 @@
 """When gevent's loop learned that bytes had come, rather than when the greenlet that waits for them had its turn.
 
-Engines give all their streams a token at the same moment, so many greenlets are woken at once and run one after the
-other: the last of a hundred would take its token for several milliseconds late.
+For connections without the kernel's stamps (see stamps.py). Less exact: what comes while greenlets run is known only
+when the loop polls again.
 """
 
 import functools
