@@ -6,6 +6,7 @@ server does wrong becomes the record's error: nothing is raised for it.
 
 import contextlib
 import email.utils
+import errno
 import socket
 import ssl
 import time
@@ -44,6 +45,8 @@ AT_ONCE_SECONDS = 0.25
 # How long HTTP's own end may come after the API's: the answer is whole, only the connection may not be.
 LINGER_SECONDS = 1.0
 RESOLVED_SECONDS = 30.0
+# No descriptor, port or memory for a socket: nothing that the server did.
+_OWN = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
 
 
 def request(
@@ -204,7 +207,8 @@ class Connection:
                 made.settimeout(max(0.001, until - time.monotonic()))
                 self._socket = self._tls.wrap_socket(made, server_hostname=self._host)
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
-            exchange.fail("connect", f"{self.address}: {_said(error)}", clock())
+            own = isinstance(error, OSError) and error.errno in _OWN
+            exchange.fail("client" if own else "connect", f"{self.address}: {_said(error)}", clock())
             self.close()
             return False
         self.opened += 1

@@ -65,6 +65,7 @@ def find(data_folder: Path, *, key: str = "", model: str = "") -> Target:
         metrics_url=_read(data_folder / "control.address") if token else "",
         metrics_token=token,
         engines={replica.name: replica.address for replica in found.fleet.replicas},
+        engine_pids={child.name: child.pid for child in found.children if child.kind == "engine" and child.pid},
     )
 
 

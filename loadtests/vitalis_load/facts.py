@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from vitalis_load import plain_http
+from vitalis_load import engine_options, plain_http
 from vitalis_load.sampling import Gpus
 from vitalis_load.target import Target
 
@@ -83,7 +83,10 @@ def told(target: Target) -> dict[str, Any]:
         fleet = _json(target.metrics_url, "/v1/fleet", target.metrics_token)
         if isinstance(fleet, dict):
             found["replicas"] = fleet.get("replicas", [])
-    return found
+    engines = {
+        name: engine_options.told(address, target.engine_pids.get(name)) for name, address in target.engines.items()
+    }
+    return found | ({"engines": engines} if any(engines.values()) else {})
 
 
 def _engine_version(address: str) -> str:

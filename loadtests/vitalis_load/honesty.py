@@ -9,6 +9,7 @@ import msgspec
 
 from vitalis_load.metrics import Summary, Window
 from vitalis_load.reading import RepeatData
+from vitalis_load.records import Record
 from vitalis_load.timelines import busiest, quantile
 
 # A process above this share of a core reads late what came in time.
@@ -80,7 +81,11 @@ def judge(repeat: RepeatData, scenario: dict[str, Any], window: Window, summary:
         events_per_second=max((float(second.events) for second in client), default=None),
         processes=len({second.process for second in repeat.client}) or 1,
     )
-    verdict.reasons = [*_reasons(verdict, typical, lag_limit), *_undue(verdict, expected, repeat, window)]
+    verdict.reasons = [
+        *_reasons(verdict, typical, lag_limit),
+        *_undue(verdict, expected, repeat, window),
+        *_without_socket(inside),
+    ]
     verdict.client_bound = bool(verdict.reasons)
     verdict.notes = list(_notes(verdict, summary, repeat))
     return verdict
@@ -154,6 +159,14 @@ def _undue(verdict: Honesty, expected: dict[str, Any], repeat: RepeatData, windo
         return []
     came = verdict.requests / window.seconds
     return [f"The scenario asks for {asked:.4g} requests/s, and the load generator came to {came:.4g}."]
+
+
+def _without_socket(records: Sequence[Record]) -> Sequence[str]:
+    details = [record.detail for record in records if record.error == "client"]
+    if not details:
+        return []
+    count, first = len(details), details[0]
+    return [f"{count:,} requests never left this machine ({first}): allow more open files (ulimit -n), or less load."]
 
 
 def _notes(verdict: Honesty, summary: Summary, repeat: RepeatData) -> Sequence[str]:

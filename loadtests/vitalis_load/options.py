@@ -54,6 +54,7 @@ def target(
         metrics_url=check_url(metrics_url) if metrics_url else found.metrics_url,
         metrics_token=_variable(metrics_token_env, environ) if metrics_token_env else found.metrics_token,
         engines=found.engines | {name: check_url(address) for name, address in named.items()},
+        engine_pids=found.engine_pids,
         gateway=found.gateway,
     )
 

@@ -81,7 +81,7 @@ class Plugin:
             return self._given
         asked = self.environment.parsed_options
         chosen = self.scenario()
-        target = preflight.check(self._target(chosen), chosen, logger.info)
+        target = preflight.watched(preflight.check(self._target(chosen), chosen, logger.info), logger.info)
         made = Order(
             scenario=chosen.resolved(), target=target, seed=asked.seed, salt=f"{time.time_ns():x}",
             overhead=Tokenisation().overhead, per_word=Tokenisation().per_word,

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 import msgspec
 
-from vitalis_load import plain_http, prompts, streams
+from vitalis_load import plain_http, prompts, sampling, streams
 from vitalis_load.asking import Arrival, Ask, Plan
 from vitalis_load.client import PATHS
 from vitalis_load.errors import Exit, LoadFailure
@@ -52,6 +52,23 @@ def check(target: Target, scenario: Scenario, say: Callable[[str], None] = lambd
     if not target.model and len(served) > 1:
         say(f"the server has {_some(served)}; asking for {model} (--model names another)")
     return msgspec.structs.replace(target, model=model)
+
+
+def watched(target: Target, say: Callable[[str], None]) -> Target:
+    """The target with itself as its engine, where nothing was said of engines and it turns out to be a vLLM."""
+    if target.engines or target.metrics_url:
+        return target
+    try:
+        answer = plain_http.ask(target.url, "/metrics", token=target.key(""))
+    except OSError:
+        return target  # whoever asks it next says it
+    if answer.status == 200 and sampling.engine_sample("", answer.body) is not None:
+        return msgspec.structs.replace(target, engines={"engine": target.url}, gateway=False)
+    say(
+        "the server's queue, running and waiting requests and KV use are not sampled: name its engines with "
+        "--engine NAME=ADDRESS, and the gateway's control with --metrics-url and --metrics-token-env"
+    )
+    return target
 
 
 def warm(target: Target, scenario: Scenario, plan: Plan, say: Callable[[str], None]) -> Tokenisation:

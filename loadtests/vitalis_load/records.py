@@ -18,9 +18,10 @@ from typing import Any
 
 import msgspec
 
-# Beside "http_<status>": no connection could be made in time; the connection broke; no end within the request's
-# deadline; an error event inside a 200; a stream that just ended; bytes that are not the API's.
-ERRORS = ("connect", "reset", "timeout", "stream_error", "no_end", "garbled")
+# Beside "http_<status>": the load generator itself had no socket for it; no connection could be made in time; the
+# connection broke; no end within the request's deadline; an error event inside a 200; a stream that just ended; bytes
+# that are not the API's.
+ERRORS = ("client", "connect", "reset", "timeout", "stream_error", "no_end", "garbled")
 
 
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -45,7 +45,7 @@ def run(
     """
     out = Path(out).absolute()  # Locust runs in the run's folder
     progress(f"scenario {scenario.name} ({scale}): {repeats} x {scenario.seconds:.0f} s against {target.url}")
-    target = preflight.check(target, scenario, progress)
+    target = preflight.watched(preflight.check(target, scenario, progress), progress)
     resolved = scenario.resolved()
     plan = scenario.plan(seed, salt=f"warm-up-{time.time_ns():x}", model=target.model)
     counting = preflight.warm(target, scenario, plan, progress) if warm else plan.tokenisation

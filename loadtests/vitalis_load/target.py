@@ -7,7 +7,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """`url`: http://HOST:PORT, https://HOST:PORT or unix:/PATH, a path prefix allowed (/v1 itself is not part of it).
     `keys`: by the scenarios' label of whose credential it is; "" is everybody else's. `metrics_url` and
     `metrics_token`: of the gateway's control. `engines`: by name, where each engine's /metrics is: http://... or
-    unix:/PATH of its socket. `gateway`: False for an engine asked directly."""
+    unix:/PATH of its socket. `engine_pids`: of those that run on this machine, by the same names. `gateway`: False for
+    an engine asked directly."""
 
     url: str
     model: str = ""  # "": the first that it serves
@@ -15,6 +16,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     metrics_url: str = ""
     metrics_token: str = ""
     engines: dict[str, str] = {}
+    engine_pids: dict[str, int] = {}
     gateway: bool = True
 
     def key(self, label: str) -> str:

@@ -10,7 +10,8 @@ from vitalis_load.report.curves import bars
 from vitalis_load.result import Result
 
 MEANINGS = {
-    "connect": "no head within the connection's deadline",
+    "client": "the load generator had no socket for it",
+    "connect": "no connection could be made in time",
     "reset": "the connection broke",
     "timeout": "no end within the request's deadline",
     "stream_error": "an error event inside a 200",

@@ -3,6 +3,8 @@
 import contextlib
 import datetime
 import ipaddress
+import os
+import resource
 import socket
 import ssl
 import struct
@@ -281,6 +283,18 @@ def test_nobody_who_takes_the_connection() -> None:
         assert time.monotonic() - began < 3
         for filler in fillers:
             filler.close()
+
+
+def test_no_descriptor_for_it_is_no_fault_of_the_servers(serve: Any) -> None:
+    asked = serve([[]])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as last:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 1, hard))
+        try:
+            record = asked.ask()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (record.error, record.detail) == ("client", f"{asked.server.address}: Too many open files")
 
 
 def test_refused_with_a_time_to_come_back(serve: Any) -> None:

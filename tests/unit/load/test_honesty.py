@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from vitalis_load import result
 from vitalis_load.honesty import Honesty
-from vitalis_load.records import RepeatEnd
+from vitalis_load.records import Record, RepeatEnd
 
 from tests.support import measured
 from tests.support.measured import Load, Server
@@ -44,6 +44,18 @@ def test_a_client_that_could_not_keep_up_says_why(tmp_path: Path, load: dict[str
 def test_being_late_counts_beside_a_slow_first_token(tmp_path: Path) -> None:
     """5 ms late on average, some 25 ms at p99, is nothing beside a TTFT of a second."""
     assert not judged(tmp_path, Server(prefill=1.0), late=0.005).client_bound
+
+
+def test_a_request_without_a_socket_is_the_clients_fault(tmp_path: Path) -> None:
+    folder = measured.write(tmp_path / "run", Server(), Load(rate=10, seconds=14, warmup=2, cooldown=2), repeats=1)
+    path = folder / "repeat-1" / "requests.jsonl"
+    records = [msgspec.json.decode(line, type=Record) for line in path.read_bytes().splitlines()]
+    for record in records[50:52]:
+        record.error, record.detail = "client", "http://10.0.0.1: Too many open files"
+    measured.lines(path, records)
+    found = result.build(folder).honesty
+    assert found.client_bound
+    assert found.reasons[0].startswith("2 requests never left this machine (http://10.0.0.1: Too many open files)")
 
 
 def test_requests_that_were_never_due_are_missed(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """What is found out before anything is measured, against a real listener: who is there, which key and model, what the
 scenario asks for; and how a model counts words."""
 
+import socket
+import threading
+
 import pytest
-from vitalis_load import preflight, scenario
+from vitalis_load import engine_options, preflight, scenario
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.target import Target
 
@@ -51,6 +54,46 @@ def test_who_is_not_there_is_said() -> None:
         engine.misbehave("garbage", point="head")
         engine.misbehave("unhealthy")
         assert preflight.check(target(engine.address), CHAT).model  # rules are about requests for generation
+
+
+def test_an_engine_that_is_asked_directly_tells_of_itself() -> None:
+    said: list[str] = []
+    with simulator.started("--kv-cache-tokens", "50000") as engine:
+        given = preflight.watched(target(engine.address), said.append)
+        assert given.engines == {"engine": engine.address}
+        assert not given.gateway
+        told = engine_options.told(engine.address, None)
+        assert told["kv_cache_size_tokens"] == 50_000
+        assert told["block_size"] == 16
+        named = target(engine.address, engines={"e0": engine.address})
+        assert preflight.watched(named, said.append) is named
+    assert said == []
+
+
+def test_a_server_that_tells_nothing_of_itself_is_named() -> None:
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=answer_once, args=(listener,))
+        thread.start()
+        assert preflight.watched(target(address), said.append).engines == {}
+        thread.join()
+    assert "--engine NAME=ADDRESS" in said[0]
+
+
+def answer_once(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_an_engines_options_are_read_off_its_command_line() -> None:
+    words = "python -m vllm.entrypoints.openai.api_server --model m --max-num-seqs 32 --enforce-eager --api-key secret"
+    assert engine_options.given([*words.split(), "--gpu-memory-utilization=0.9", "--served-model-name", "a", "b"]) == {
+        "model": "m", "max-num-seqs": 32, "enforce-eager": True, "gpu-memory-utilization": 0.9,
+        "served-model-name": "a b",
+    }  # fmt: skip
 
 
 def test_warming_up_learns_how_the_model_counts_words() -> None:
