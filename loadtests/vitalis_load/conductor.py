@@ -2,6 +2,7 @@
 them was lost, and the repeat's folder, which nobody else writes."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vitalis_load.recorder import Recorder
 from vitalis_load.records import RepeatEnd
 
 LAST_SECONDS = 8.0  # for workers to hand over the last of what they have
+RATE_SECONDS = 10.0  # a slow engine's tokens, which are counted when answers end, come a few times in that
 SILENT_SECONDS = 6.0  # a worker that hands over nothing for so long is lost
 LATE_SECONDS = 5.0  # beyond the last deadline; then the repeat ends whatever is in flight
 
@@ -47,8 +49,7 @@ class Conductor:
         self._heard: dict[int, float] = dict.fromkeys(range(processes), max(0.0, time.monotonic() - zero))
         self._finishing = False
         self._done = Event()
-        self._told_at = 0.0
-        self._told_tokens = 0
+        self._told = deque([(0.0, 0)])  # when, and how many tokens until then
         self._sources = sampling.sources(order.target) if order.folder else []
         self._gpus = sampling.Gpus() if order.folder else None
         self._sampler = gevent.spawn(self._sample) if order.folder else None
@@ -177,12 +178,15 @@ class Conductor:
 
     def _progress(self, *, last: bool = False) -> None:
         now = self.clock()
-        if now - self._told_at < (0.5 if last else self._every):
+        if now - self._told[-1][0] < (0.5 if last else self._every):
             return
         batches = list(self._latest.values())
         tokens = sum(batch.tokens for batch in batches)
-        rate = (tokens - self._told_tokens) / max(0.001, now - self._told_at)
-        self._told_at, self._told_tokens = now, tokens
+        while len(self._told) > 1 and self._told[1][0] <= now - RATE_SECONDS:
+            self._told.popleft()
+        began, had = self._told[0]
+        rate = (tokens - had) / max(0.001, now - began)
+        self._told.append((now, tokens))
         flying = sum(batch.in_flight for batch in batches)
         behind = max((batch.behind for batch in batches), default=0.0)
         parts = [

@@ -93,10 +93,12 @@ class EngineSample(msgspec.Struct):
 
 
 class GpuSample(msgspec.Struct):
+    """None: this GPU does not tell it (a part of a divided one its use, one that shares the CPU's memory that)."""
+
     index: int
-    utilisation: float  # 0 to 1
-    memory_bytes: float
-    power_watts: float
+    utilisation: float | None = None  # 0 to 1
+    memory_bytes: float | None = None  # used
+    power_watts: float | None = None
 
 
 class Sample(msgspec.Struct, omit_defaults=True):

@@ -1,6 +1,7 @@
 """What the other side says of itself, asked for once a second: the gateway's counts from control, each engine's from
 vLLM's /metrics, GPUs by NVML. Who does not answer in time is missing in that sample, and nothing waits for it."""
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -92,20 +93,18 @@ class Gpus:
         return [name.decode() if isinstance(name, bytes) else str(name) for name in found]
 
     def sample(self) -> list[GpuSample]:
-        """What cannot be read of one is left out with it."""
+        """Of each GPU what it tells now; one that tells nothing (it fell off the bus) is left out."""
         samples = []
         for index, handle in enumerate(self._handles):
-            try:
-                samples.append(
-                    GpuSample(
-                        index=index,
-                        utilisation=self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-                        memory_bytes=float(self._nvml.nvmlDeviceGetMemoryInfo(handle).used),
-                        power_watts=self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-                    )
-                )
-            except Exception:  # noqa: BLE001, S112  a GPU that fell off the bus, a figure that this one has not
-                continue
+            one = GpuSample(index=index)
+            with contextlib.suppress(Exception):  # NVML's own kinds, and a library that lacks a function
+                one.utilisation = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+            with contextlib.suppress(Exception):
+                one.memory_bytes = float(self._nvml.nvmlDeviceGetMemoryInfo(handle).used)
+            with contextlib.suppress(Exception):
+                one.power_watts = self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+            if (one.utilisation, one.memory_bytes, one.power_watts) != (None, None, None):
+                samples.append(one)
         return samples
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """What happened when, in bins of whole seconds: loads, latencies and what the other side said of itself."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -196,11 +196,15 @@ def _gpus(samples: list[Sample], bins: _Bins) -> dict[str, GpuTimeline]:
     for index in sorted({gpu.index for sample in samples for gpu in sample.gpus}):
         seen = [(sample.at, gpu) for sample in samples for gpu in sample.gpus if gpu.index == index]
         result[str(index)] = GpuTimeline(
-            utilisation=bins.pick(((at, gpu.utilisation) for at, gpu in seen), _mean),
-            memory_bytes=bins.pick(((at, gpu.memory_bytes) for at, gpu in seen), max),
-            power_watts=bins.pick(((at, gpu.power_watts) for at, gpu in seen), _mean),
+            utilisation=bins.pick(_known((at, gpu.utilisation) for at, gpu in seen), _mean),
+            memory_bytes=bins.pick(_known((at, gpu.memory_bytes) for at, gpu in seen), max),
+            power_watts=bins.pick(_known((at, gpu.power_watts) for at, gpu in seen), _mean),
         )
     return result
+
+
+def _known(values: Iterable[tuple[float, float | None]]) -> Iterator[tuple[float, float]]:
+    return ((at, value) for at, value in values if value is not None)
 
 
 def busiest(client: Iterable[ClientSecond]) -> dict[int, float]:

@@ -411,6 +411,7 @@ def _replica(
         probe_seconds=settings.engines.probe_seconds,
         argv=command.argv,
         environment=command.env,
+        sockets=command.sockets,
         remedy=remedy,
         clear=functools.partial(_clear, settings, placements[index]) if placements[index].gpus else None,
     )

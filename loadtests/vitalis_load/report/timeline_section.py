@@ -121,7 +121,8 @@ def _own(line: Timeline, frame: _Frame) -> Iterator[str]:
             for tone, (index, gpu) in zip(TONES, gpus, strict=False):
                 values = [None if value is None else value * factor for value in getattr(gpu, take)]
                 traces.append(Trace(name=f"GPU {index}", values=values, tone=tone))
-            yield frame(title, unit, traces, top=top)
+            if any(value is not None for trace in traces for value in trace.values):
+                yield frame(title, unit, traces, top=top)
     yield frame(
         "Load generator's CPU", "share", [Trace(name="of a core, busiest process", values=line.client_cpu)], top=1.0
     )

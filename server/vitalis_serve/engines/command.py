@@ -21,6 +21,9 @@ STOP_MARGIN_SECONDS: Final = 10
 _NOT_INHERITED: Final = ("VITALIS_", "VLLM_", "PYTHON", "CUDA_VISIBLE_DEVICES", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # Kept although they begin like one of those: Python's own warnings and buffering do no harm in logs.
 _INHERITED: Final = frozenset({"PYTHONUNBUFFERED", "PYTHONFAULTHANDLER"})
+# Where vLLM puts the sockets between its processes, else the temporary folder: seven of a run, which it never removes.
+SOCKETS: Final = "VLLM_RPC_BASE_PATH"
+SOCKET_NAME_BYTES, MOST_PATH_BYTES = len("/") + 36, 107  # a UUID each; sun_path less its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class EngineCommand:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     address: str
+    sockets: Path | None = None
 
 
 def engine_command(
@@ -65,13 +69,15 @@ def engine_command(
         *flags(args),
     ]
     env = {key: value for key, value in environ.items() if _is_inherited(key)}
-    ours = _default_env(placement, model_folder, environ, gpt_oss=gpt_oss)
+    sockets = socket_path.with_suffix(".ipc")
+    fits = len(os.fsencode(sockets)) + SOCKET_NAME_BYTES <= MOST_PATH_BYTES
+    ours = _default_env(placement, model_folder, environ, gpt_oss=gpt_oss) | {SOCKETS: str(sockets) if fits else None}
     for key, value in (ours | dict(settings.engines.engine_env)).items():
         if value is None:
             env.pop(key, None)
         else:
             env[key] = value
-    return EngineCommand(tuple(argv), env, f"unix:{socket_path}")
+    return EngineCommand(tuple(argv), env, f"unix:{socket_path}", sockets if env.get(SOCKETS) == str(sockets) else None)
 
 
 def stop_seconds(settings: Settings) -> int:

@@ -9,6 +9,7 @@ older one are dropped.
 import asyncio
 import logging
 import random
+import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
@@ -106,7 +107,8 @@ class Marks:
 class ReplicaSpec:
     """What one replica is. `models` is () where the engine itself is asked, again at every probe. `argv` is None for
     an engine somebody else runs. `clear` waits until there is room for another start (GPU memory of the last one
-    seen free); `remedy` reads last log lines."""
+    seen free); `remedy` reads last log lines. `sockets`: a folder for each process' own, made before it starts and
+    gone with it."""
 
     name: str
     address: str
@@ -117,6 +119,7 @@ class ReplicaSpec:
     probe_seconds: float = 2.0
     argv: tuple[str, ...] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    sockets: Path | None = None
     remedy: Callable[[Sequence[str]], str | None] = lambda _: None
     clear: Callable[[], Coroutine[None, None, None]] | None = None
 
@@ -290,6 +293,8 @@ class ReplicaTask:
             return
         try:
             assert self.spec.argv is not None
+            if self.spec.sockets is not None:
+                self.spec.sockets.mkdir(mode=0o700, exist_ok=True)
             self._child = child = await keep(self.spec.argv, environment, self.output)
         except OSError as exc:
             self.post(lifecycle.Exited(None, f"could not start: {exc}", random.random()))  # noqa: S311
@@ -316,6 +321,8 @@ class ReplicaTask:
         self._child = None
         self.engine_pid = None
         child.close()
+        if self.spec.sockets is not None:
+            shutil.rmtree(self.spec.sockets, ignore_errors=True)
         orphans.forget_session(self._run_folder, self.spec.name)
         self.post(lifecycle.Exited(code, reason, random.random()))  # noqa: S311
 

@@ -13,6 +13,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import time
@@ -166,6 +167,8 @@ class Supervisor:
         for pattern in ("*.sock", f"*{orphans.SUFFIX}"):
             for path in self.options.run_folder.glob(pattern):
                 path.unlink(missing_ok=True)
+        for folder in self.options.run_folder.glob("*.ipc"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     async def _run_children(self, companion: Callable[[], Coroutine[None, None, None]]) -> None:
         try:

@@ -93,6 +93,21 @@ def test_environment_is_whole_and_hides_ours(configured):
     assert int(env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 75
 
 
+def test_sockets_between_vllms_processes_are_beside_its_own(configured):
+    settings = configured("cpu-tiny")
+    made = command(settings)
+    assert made.sockets == Path("/run/engine-0.ipc")
+    assert made.env["VLLM_RPC_BASE_PATH"] == "/run/engine-0.ipc"
+    # a path with a UUID behind it has to fit into 107 bytes
+    for length, fits in ((56, True), (57, False)):
+        folder = Path("/" + "x" * (length - 1))
+        long = engine_command(settings, 0, CPU, Path("/w"), folder / "engine-00.sock", python="/p", environ={"HOME": "/"})
+        assert ("VLLM_RPC_BASE_PATH" in long.env) is fits, length
+        assert (long.sockets is not None) is fits
+    own = configured("cpu-tiny", ENGINES_ENGINE_ENV='{"VLLM_RPC_BASE_PATH": "/elsewhere"}')
+    assert command(own).sockets is None
+
+
 def test_engine_env_overrides_and_null_removes(configured):
     settings = configured("h200", ENGINES_ENGINE_ENV='{"HF_HUB_OFFLINE": null, "NCCL_DEBUG": "INFO", "PATH": "/x"}')
     env = command(settings, environ={"PATH": "/bin", "HOME": "/"}).env
