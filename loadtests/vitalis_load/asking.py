@@ -126,14 +126,16 @@ class Plan:
         return self._ask(task, user * 1_000_003 + conversation, number, said, (_NO_LENGTH, _NO_LENGTH), who)
 
     def probes(self) -> list[Ask]:
-        """Requests of different lengths for one token each, whose usage tells `prompts.fit` how the model counts."""
+        """Requests of different lengths for one token each, whose usage tells `fit_each` how the model counts."""
         task = self.scenario.tasks[0].model_copy(
-            update={"api": "chat", "stream": False, "output": Output(max_tokens=1), "turns": 1, "think_seconds": None}
+            update={"stream": False, "output": Output(max_tokens=1), "turns": 1, "think_seconds": None}
         )
+        first, *others = dict.fromkeys(each.api for each in self.scenario.tasks)
+        lengths = [*((first, tokens) for tokens in (60, 160, 300)), *((api, 160) for api in others)]
         return [
-            self._ask(task.model_copy(update={"prompt": Text(tokens=Length(min=tokens, max=tokens))}), number, 0, (),
-                      (_NO_LENGTH, _NO_LENGTH), ("probe", number))
-            for number, tokens in enumerate((60, 160, 300))
+            self._ask(task.model_copy(update={"api": api, "prompt": Text(tokens=Length(min=tokens, max=tokens))}),
+                      number, 0, (), (_NO_LENGTH, _NO_LENGTH), ("probe", number))
+            for number, (api, tokens) in enumerate(lengths)
         ]  # fmt: skip
 
     def _place(self, user: int, turn: int) -> tuple[int, int, Task]:
@@ -152,7 +154,8 @@ class Plan:
     ) -> Ask:  # fmt: skip
         if isinstance(task.prompt, prompts.File):
             return self._from_file(task, task.prompt, index, who)
-        talk = _Talk(task, self.tokenisation, (self._seed, self._salt, *who), (self._seed, *who), lengths)
+        counting = self.tokenisation.of(task.api)
+        talk = _Talk(task, counting, (self._seed, self._salt, *who), (self._seed, *who), lengths)
         system = self._prefix(task, task.prompt, who)
         messages: list[Message] = []
         for number in range(turn + 1):
@@ -161,7 +164,7 @@ class Plan:
                 answer = answers[number] if number < len(answers) else ""
                 messages.append({"role": "assistant", "content": answer or talk.answer(number)})
         words = len(system.split()) + sum(len(str(message["content"]).split()) for message in messages)
-        expected = round(self.tokenisation.overhead + self.tokenisation.per_word * words)
+        expected = round(counting.overhead + counting.per_word * words)
         limit, wanted, exact = talk.limit(turn)
         made = document(task, self._model, system, messages, limit, exact)
         return Ask(task, task.api, task.tenant, made, turn, wanted, expected, words, self._pause(task, turn, who))

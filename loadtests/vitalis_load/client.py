@@ -108,6 +108,7 @@ class Connection:
         tls: ssl.SSLContext | None = None,
         connect_seconds: float = 10.0,
         wakes: Wakes | None = None,
+        stamps: bool = True,
     ) -> None:
         self.address = address
         self._wakes = wakes
@@ -121,6 +122,7 @@ class Connection:
         if parts.scheme == "https" and tls is None:
             self._tls = ssl.create_default_context()
         self._socket: socket.socket | None = None
+        self._ask_for_stamps = stamps
         self._stamped = False
         self._abandoned = False
 
@@ -202,7 +204,7 @@ class Connection:
                 made = self._connected(until)
                 self._socket = made
                 made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._stamped = self._tls is None and stamps.ask_for(made)
+            self._stamped = self._ask_for_stamps and self._tls is None and stamps.ask_for(made)
             if self._tls is not None:
                 made.settimeout(max(0.001, until - time.monotonic()))
                 self._socket = self._tls.wrap_socket(made, server_hostname=self._host)
@@ -249,9 +251,10 @@ class Connection:
 
     def _read(self, connection: socket.socket, exchange: "_Exchange", deadline: float, clock: Clock) -> bool:
         began, wakes, turn, now = False, self._wakes, 0, clock()
-        ancillary: list[tuple[int, int, bytes]] = []
+        ancillary: list[tuple[int, int, bytes]]
         while not exchange.complete:
             left = deadline - now
+            ancillary = []
             try:
                 if left <= 0:
                     raise TimeoutError

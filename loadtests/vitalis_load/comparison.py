@@ -124,7 +124,16 @@ def load_changes(a: Result, b: Result) -> Iterator[Changed]:
 
 
 def _load(result: Result) -> dict[str, Any]:
-    return {name: value for name, value in result.run.scenario.items() if name not in ASIDE}
+    asked = {name: value for name, value in result.run.scenario.items() if name not in ASIDE}
+    files = (result.run.scenario.get("expected") or {}).get("files")
+    return asked if files is None else _without_paths(asked) | {"files": files}
+
+
+def _without_paths(value: Any) -> Any:
+    """A file is what is in it, wherever it lies."""
+    if isinstance(value, Mapping):
+        return {name: _without_paths(inner) for name, inner in value.items() if name != "path"}
+    return [_without_paths(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _other_changes(a: Result, b: Result) -> Iterator[Changed]:

@@ -136,6 +136,21 @@ def scenario(shape: Shape, streams: int, timing_: Timing, deadline: float) -> di
     }
 
 
+def open_gateway(streams: int, slots: int, deadline: float) -> dict[str, Any]:
+    """The gateway's settings for which it asks the engine what the client asks the gateway. What it refuses, keeps for
+    emergencies or gives up would be less work for the engine and no cost of the gateway's; who waits, waits in both
+    ways. `slots`: those of the options that are measured; `deadline`: of one request, in seconds."""
+    return {
+        "engines.slots": max(streams, slots),
+        "gateway.queue.max_requests": max(streams, 1024),
+        "gateway.queue.max_seconds": deadline,
+        "gateway.queue.overload_seconds": 0,
+        "gateway.queue.reserved_share": 0,
+        "gateway.deadlines.first_token_seconds": deadline,
+        "gateway.deadlines.total_seconds": 2 * deadline,
+    }
+
+
 class Row(msgspec.Struct, kw_only=True):
     """One load of the table, both ways. `ratio`: output tokens/s through the gateway over direct."""
 

@@ -105,6 +105,7 @@ def point(made: Result, load: float, run: str) -> Point:
         e2e_p99_ms=milliseconds("e2e_p99"),
         slo_met=made.met,
         missed=[_missed(verdict) for verdict in made.verdicts if not verdict.ok],
+        partial="; ".join(reason.rstrip(".") for reason in made.partial_reasons),
         client_bound="; ".join(reason.rstrip(".") for reason in made.honesty.reasons)
         if made.honesty.client_bound
         else "",
@@ -122,6 +123,7 @@ def line(found: Point, unit: Unit) -> str:
     failed = f", {found.failed_share:.1%} failed" if found.failed_share else ""
     missed = f"; missed: {', '.join(found.missed)}" if found.missed else ""
     bound = f"; client-bound: {found.client_bound}" if found.client_bound else ""
+    bound += f"; partial: {found.partial}" if found.partial else ""
     return (
         f"{sweeping.show(found.load, unit)}: {found.tokens_per_second:.0f} output tokens/s,"
         f" {found.goodput:.3g} good requests/s{ttft}{tpot}{failed}{missed}{bound}"

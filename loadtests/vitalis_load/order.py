@@ -26,6 +26,7 @@ class Order(msgspec.Struct, kw_only=True):
     folder: str = ""  # of the repeat; "": nothing is written
     per_word: float = Tokenisation().per_word
     overhead: float = Tokenisation().overhead
+    frames: dict[str, float] = msgspec.field(default_factory=lambda: dict(Tokenisation().frames))
     parent: int = 0  # process that started it, and without which it ends
 
     def scenario_made(self) -> Scenario:
@@ -46,6 +47,7 @@ class Begin(msgspec.Struct, kw_only=True):
     salt: str
     per_word: float
     overhead: float
+    frames: dict[str, float]
 
 
 def begin(order: Order, process: int, processes: int, zero: float) -> Begin:
@@ -61,6 +63,7 @@ def begin(order: Order, process: int, processes: int, zero: float) -> Begin:
         salt=order.salt,
         per_word=order.per_word,
         overhead=order.overhead,
+        frames=order.frames,
     )
 
 

@@ -28,6 +28,7 @@ class Round(msgspec.Struct, kw_only=True):
     tpot: list[float] = []
     gateway_cpu: float = 0.0  # seconds of all the gateway's processes in the whole round
     whole_seconds: float = 0.0
+    partial: str = ""  # why it is not a whole round
     client_bound: str = ""
     run: str = ""
 

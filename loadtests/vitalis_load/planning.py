@@ -211,7 +211,10 @@ def _outcome(setting: Setting, fleet: Fleet, asked: list[Job], seconds: float) -
     tpots = [job.tpot if job.ended else math.inf for job in asked]
     e2es = [job.ended - job.at + overhead if job.ended else math.inf for job in asked]
     limits = [slo.get(f"{name}_ms", slo.get(f"{name}_p99_ms", math.inf)) / 1000 for name in ("ttft", "tpot", "e2e")]
-    good = sum(a <= limits[0] and b <= limits[1] and c <= limits[2] for a, b, c in zip(ttfts, tpots, e2es, strict=True))
+    good = sum(
+        bool(job.ended) and all(value <= limit for value, limit in zip(values, limits, strict=True))
+        for job, *values in zip(asked, ttfts, tpots, e2es, strict=True)
+    )
     by_task: dict[str, list[float]] = {}
     for job, ttft in zip(asked, ttfts, strict=True):
         by_task.setdefault(job.kind, []).append(ttft)

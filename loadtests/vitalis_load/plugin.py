@@ -21,7 +21,7 @@ from vitalis_load.meter import Batch
 from vitalis_load.order import Begin, Order
 from vitalis_load.prompts import Tokenisation
 from vitalis_load.records import Record
-from vitalis_load.scenario import SCALES, Scenario, load
+from vitalis_load.scenario import SCALES, Scenario, load, read_files
 from vitalis_load.session import Session
 
 LEAD_SECONDS = 1.0  # from the order to begin to the beginning: every worker has heard it by then
@@ -84,7 +84,6 @@ class Plugin:
         target = preflight.watched(preflight.check(self._target(chosen), chosen, logger.info), logger.info)
         made = Order(
             scenario=chosen.resolved(), target=target, seed=asked.seed, salt=f"{time.time_ns():x}",
-            overhead=Tokenisation().overhead, per_word=Tokenisation().per_word,
         )  # fmt: skip
         if asked.out:
             folder = runfolder.begin(made, asked.out, scale=asked.scale, processes=self._processes())
@@ -271,6 +270,7 @@ class Plugin:
         if told is None:
             raise LoadFailure("the master told this worker nothing of its part: start both with the same locustfile")
         chosen = Scenario.of(told.scenario)
+        read_files(chosen)
         target = self._given.target if self._given is not None else self._target(chosen)
         target = msgspec.structs.replace(target, model=told.model)
         self.session = self._make_session(told, target, self._ship)
@@ -296,7 +296,10 @@ class Plugin:
     def _make_session(self, told: Begin, target: Any, hand_over: Any) -> Session:
         chosen = Scenario.of(told.scenario)
         plan = chosen.plan(
-            told.seed, salt=told.salt, model=told.model, tokenisation=Tokenisation(told.per_word, told.overhead)
+            told.seed,
+            salt=told.salt,
+            model=told.model,
+            tokenisation=Tokenisation(told.per_word, told.overhead, told.frames),
         )
         return Session(
             chosen, plan, target, process=told.process, processes=told.processes, zero=order.zero_here(told),

@@ -75,7 +75,7 @@ def warm(target: Target, scenario: Scenario, plan: Plan, say: Callable[[str], No
     """Asks each task's kind of request a few times, none of which is measured. Returns how the model counts words.
 
     Raises LoadFailure with NO_TARGET where the server refuses what the scenario asks for."""
-    seen: list[tuple[int, int]] = []
+    seen: dict[str, list[tuple[int, int]]] = {}
     began = told = time.monotonic()
     whole = [plan.request(Arrival(0.0, task, WARM_INDEX)) for task in scenario.tasks]
     asks = [*((ask, False) for ask in plan.probes()), *((ask, True) for ask in whole)]
@@ -88,8 +88,8 @@ def warm(target: Target, scenario: Scenario, plan: Plan, say: Callable[[str], No
             told = now
         record = _ask(target, ask, scenario.deadline_seconds, needed=needed)
         if ask.words and record is not None and record.prompt_tokens:
-            seen.append((ask.words, record.prompt_tokens))
-    return prompts.fit(seen)
+            seen.setdefault(ask.api, []).append((ask.words, record.prompt_tokens))
+    return prompts.fit_each(seen)
 
 
 def _ask(target: Target, ask: Ask, seconds: float, *, needed: bool) -> Record | None:

@@ -6,8 +6,8 @@ it is estimated, and measured at the start of a run (`fit`).
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import accumulate
@@ -88,10 +88,16 @@ Prompt = Annotated[Text | Shared | File, Field(discriminator="kind"), assumed("t
 
 @dataclass(frozen=True, slots=True)
 class Tokenisation:
-    """How a model counts this text: tokens of a request = `overhead` + `per_word` * words."""
+    """How a model counts this text: tokens of a request = the API's frame + `per_word` * words. `frames`: by API, of
+    which an unknown one has `overhead`. Completions have hardly any; a chat's is of 20 to 70 tokens."""
 
     per_word: float = 1.09  # o200k and SmolLM2's vocabulary alike, on this text
     overhead: float = 20.0
+    frames: Mapping[str, float] = field(default_factory=lambda: {"completions": 0.0})
+
+    def of(self, api: str) -> "Tokenisation":
+        """With the frame of this API as its `overhead`."""
+        return replace(self, overhead=self.frames.get(api, self.overhead))
 
     def words(self, tokens: float) -> int:
         """Whose request has about so many tokens; at least one."""
@@ -99,7 +105,7 @@ class Tokenisation:
 
 
 def fit(seen: Sequence[tuple[int, int]]) -> Tokenisation:
-    """The line through (words, prompt tokens of `usage`) of requests made here.
+    """The line through (words, prompt tokens of `usage`) of requests of one API made here.
 
     The default where it cannot be told (fewer than two different lengths), or where the counts make no sense.
     """
@@ -113,6 +119,20 @@ def fit(seen: Sequence[tuple[int, int]]) -> Tokenisation:
     if not 0.2 <= per_word <= 20:
         return Tokenisation()
     return Tokenisation(per_word, max(0.0, mean_tokens - per_word * mean_words))
+
+
+def fit_each(seen: Mapping[str, Sequence[tuple[int, int]]]) -> Tokenisation:
+    """As `fit`, of the API with the most requests; of each other one only its frame is found."""
+    if not seen:
+        return Tokenisation()
+    first = max(seen, key=lambda api: len(seen[api]))
+    found = fit(seen[first])
+    frames = {
+        api: max(0.0, sum(tokens - found.per_word * words for words, tokens in counts) / len(counts))
+        for api, counts in seen.items()
+        if counts and found != Tokenisation()
+    }
+    return replace(found, frames={**found.frames, **frames})
 
 
 def dice_of(*what: object) -> random.Random:

@@ -10,6 +10,7 @@ from vitalis_load import preflight, recorder, result, runfolder
 from vitalis_load.child import Child
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.order import Order
+from vitalis_load.prompts import Tokenisation
 from vitalis_load.records import RepeatEnd
 from vitalis_load.report import page
 from vitalis_load.scenario import Scenario
@@ -35,11 +36,13 @@ def run(
     seed: int = 1,
     progress: Callable[[str], None] = print,
     warm: bool = True,
+    counting: Tokenisation | None = None,
     note: str = "",
 ) -> Path:
     """Measures and returns the run's folder, made in `out`, with result.json and report.html in it.
 
-    `progress` gets a line every few seconds. `warm`: ask a little before the first repeat. Raises LoadFailure with
+    `progress` gets a line every few seconds. `warm`: ask a little before the first repeat, unless
+    `counting` says how the model counts words, as `learn` has found it. Raises LoadFailure with
     NO_TARGET before anything was measured; RunFailure where the server went away between repeats (NO_TARGET), the disk
     became full (CANNOT_WRITE) or SIGINT came (INTERRUPTED): what was measured until then is kept and has its report.
     """
@@ -48,10 +51,12 @@ def run(
     target = preflight.watched(preflight.check(target, scenario, progress), progress)
     resolved = scenario.resolved()
     plan = scenario.plan(seed, salt=f"warm-up-{time.time_ns():x}", model=target.model)
-    counting = preflight.warm(target, scenario, plan, progress) if warm else plan.tokenisation
+    if counting is None:
+        counting = preflight.warm(target, scenario, plan, progress) if warm else plan.tokenisation
     order = Order(
-        scenario=resolved, target=target, seed=seed, salt="", per_word=counting.per_word, overhead=counting.overhead
-    )
+        scenario=resolved, target=target, seed=seed, salt="", per_word=counting.per_word, overhead=counting.overhead,
+        frames=dict(counting.frames),
+    )  # fmt: skip
     folder = runfolder.begin(order, out, scale=scale, processes=processes, repeats=repeats, note=note)
     ended: LoadFailure | None = None
     for number in range(1, repeats + 1):
@@ -70,6 +75,13 @@ def run(
     if ended is not None:
         raise RunFailure(_sentence(ended, folder), ended.code, folder)
     return folder
+
+
+def learn(target: Target, scenario: Scenario, *, seed: int, progress: Callable[[str], None]) -> Tokenisation:
+    """What `run` would ask before it measures, for several runs that shall ask the same. Raises LoadFailure."""
+    target = preflight.check(target, scenario, progress)
+    plan = scenario.plan(seed, salt=f"warm-up-{time.time_ns():x}", model=target.model)
+    return preflight.warm(target, scenario, plan, progress)
 
 
 def _repeat(

@@ -6,8 +6,10 @@ for arrival in plan.split(processes=2, process=0):
     ask = plan.request(arrival)
 """
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -146,22 +148,28 @@ class Scenario(BaseModel):
     def mean_rate(self) -> float:
         """Requests a second that an open loop asks for within the window, on average."""
         start, end = self.window
-        return sum(course.between(start, end) * rate for course, rate in self._streams()) / (end - start)
+        drawn = sum(course.between(start, end) * rate for course, rate in self._streams())
+        return (drawn + sum(start <= at < end for at in self._replayed())) / (end - start)
 
     @property
     def peak_rate(self) -> float:
         """The most that an open loop asks for at a time, where all of its streams peak together."""
-        return sum(course.peak * rate for course, rate in self._streams())
+        seconds = Counter(int(at) for at in self._replayed())
+        return sum(course.peak * rate for course, rate in self._streams()) + max(seconds.values(), default=0)
 
     def _streams(self) -> list[tuple[Course, float]]:
         found = []
         for task, arrivals in ((None, self.arrivals), *((task, task.arrivals) for task in self.tasks)):
-            if isinstance(arrivals, Trace):
-                asked = self.trace(arrivals)
-                found.append((self.course(task), len(asked) * arrivals.speed / max(1.0, asked[-1].at)))
-            elif isinstance(arrivals, (Constant, Poisson)):
+            if isinstance(arrivals, (Constant, Poisson)):
                 found.append((self.course(task), self.rate(arrivals)))
         return found
+
+    def _replayed(self) -> Iterator[float]:
+        """When the requests of its traces are due."""
+        end = self.seconds
+        for arrivals in (self.arrivals, *(task.arrivals for task in self.tasks)):
+            if isinstance(arrivals, Trace):
+                yield from (at for asked in self.trace(arrivals) if (at := asked.at / arrivals.speed) < end)
 
     def trace(self, trace: Trace) -> tuple[traces.Asked, ...]:
         return traces.read(trace.path, trace.unit, tuple(task.name for task in self.tasks))
@@ -203,11 +211,21 @@ class Scenario(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """The whole of it after defaults and scale, as JSON has it, and beside it as `expected` what it comes to: open,
-        seconds, window, and of an open loop mean_rate and peak_rate in requests/s. `of` makes the same of it again."""
+        seconds, window, of an open loop mean_rate and peak_rate in requests/s, and digests of the files that it names.
+        `of` makes the same of it again."""
         expected: dict[str, Any] = {"open": self.open, "seconds": self.seconds, "window": list(self.window)}
+        if files := self._files():
+            expected["files"] = files
         if self.open:
             expected |= {"mean_rate": self.mean_rate, "peak_rate": self.peak_rate}
         return self.model_dump(mode="json", exclude_none=True) | {"expected": expected}
+
+    def _files(self) -> dict[str, str]:
+        """What is in its traces and prompts: the path to a file says little of what is asked."""
+        paths = {"arrivals": self.arrivals} | {f"tasks.{task.name}.arrivals": task.arrivals for task in self.tasks}
+        found = {name: one.path for name, one in paths.items() if isinstance(one, Trace)}
+        found |= {f"tasks.{t.name}.prompt": t.prompt.path for t in self.tasks if isinstance(t.prompt, prompts.File)}
+        return {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in found.items()}
 
     @classmethod
     def of(cls, resolved: Mapping[str, Any]) -> Self:
@@ -251,7 +269,7 @@ def load(path_or_name: str | Path, *, scale: str = "full", overrides: Mapping[st
         scenario = Scenario.model_validate(values)
     except ValidationError as error:
         raise LoadFailure(complaints.sentence(error, tree, path, Scenario)) from None
-    _read_files(scenario)
+    read_files(scenario)
     return scenario
 
 
@@ -279,11 +297,17 @@ def _find_files(value: Any, folder: Path) -> None:
             _find_files(item, folder)
 
 
-def _read_files(scenario: Scenario) -> None:
-    """So that a wrong line is found before the first request."""
+def read_files(scenario: Scenario) -> None:
+    """So that a wrong line, a file that is not on this machine, or a trace of which nothing would be measured is found
+    before the first request. Raises LoadFailure."""
     for arrivals in (scenario.arrivals, *(task.arrivals for task in scenario.tasks)):
         if isinstance(arrivals, Trace):
-            scenario.trace(arrivals)
+            lasts = scenario.trace(arrivals)[-1].at / arrivals.speed
+            if lasts < scenario.warmup_seconds:
+                raise LoadFailure(
+                    f"{arrivals.path}: it lasts {lasts:.4g} s, all of it within the warm-up of "
+                    f"{scenario.warmup_seconds:g} s, and nothing would be measured: --set warmup_seconds=0"
+                )
     for task in scenario.tasks:
         if isinstance(task.prompt, prompts.File):
             lines = prompts.read_file(task.prompt.path)

@@ -32,6 +32,7 @@ class Point(msgspec.Struct, kw_only=True, omit_defaults=True):
     e2e_p99_ms: float | None = None
     slo_met: bool = True
     missed: list[str] = []  # which limits of the SLO, in words
+    partial: str = ""  # why it is not all that was asked for, as a process of the load generator was lost
     client_bound: str = ""  # why the load generator, and not the server, set this figure; "": it did not
     spread: float = 0.0  # of goodput over the repeats: (largest - smallest) / median
     repeats: int = 1

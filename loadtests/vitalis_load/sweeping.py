@@ -21,7 +21,7 @@ SATURATED: Final = 0.95  # of the most tokens/s seen
 # Times the load, from which two points tell whether more load brings more: nearer ones differ by noise.
 COMPARABLE: Final[Mapping[Unit, float]] = {"requests/s": 1.4, "users": 1.2}
 
-Why = Literal["", "slo", "saturated", "client", "failing"]
+Why = Literal["", "slo", "saturated", "client", "partial", "failing"]
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +76,8 @@ def why_not(point: Point, below: Sequence[Point], unit: Unit) -> Why:
 
     A full load generator sends and reads late, which makes a server look worse than it is: what holds all the same
     does hold, and of what does not nothing is known."""
+    if point.partial:
+        return "partial"
     if point.requests_per_second <= 0 or point.failed_share > 0.5:
         return "failing"
     if point.slo_met and _keeps_up(point, below, unit):
@@ -118,9 +120,14 @@ def _load(known: Sequence[Point], bounds: Bounds) -> float | None:
     ceiling = next((point.load for point in known if floor is None or point.load > floor), None)
     if ceiling is None:
         assert floor is not None
-        return None if floor >= bounds.most else _rounded(min(floor * bounds.growth, bounds.most), bounds)
+        more = _rounded(floor * bounds.growth, bounds)
+        if bounds.unit == "users":
+            more = max(more, floor + 1)  # a quarter more of two is two
+        return None if floor >= bounds.most else min(more, bounds.most)
     if floor is None:
         lower = _rounded(ceiling / bounds.growth, bounds)
+        if bounds.unit == "users":
+            lower = min(lower, ceiling - 1)
         return lower if bounds.floor <= lower < ceiling else None
     if bounds.unit == "users" and why_not(_at(known, ceiling), held, bounds.unit) == "saturated":
         return None  # more of them only wait longer
@@ -131,10 +138,11 @@ def _load(known: Sequence[Point], bounds: Bounds) -> float | None:
 
 
 def _unclear(points: Sequence[Point], known: Sequence[Point], bounds: Bounds) -> Point | None:
-    """The load at which the load generator was full for once: perhaps another program was at work just then."""
+    """The load at which the load generator was full or lost a process for once: perhaps another program was at work
+    just then."""
     held = holding(known, bounds.unit)
     first = next(iter(known[len(held) :]), None)
-    if first is None or why_not(first, held, bounds.unit) != "client":
+    if first is None or why_not(first, held, bounds.unit) not in ("client", "partial"):
         return None
     return first if sum(point.load == first.load for point in points) == 1 else None
 
@@ -178,6 +186,7 @@ _WHY: Final = {
     "slo": "the SLO is missed",
     "saturated": "more load brings no more",
     "client": "nothing can be said, since the load generator was full",
+    "partial": "nothing can be said, since the load generator lost a process",
     "failing": "most requests fail",
 }
 

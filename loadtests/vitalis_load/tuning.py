@@ -126,6 +126,8 @@ def verdict(points: Sequence[Point], champion: Point | None, bounds: Bounds) -> 
         return "measured", ""
     at = points[-1]
     where = "the load at which the best so far holds" if champion else "the smallest load"
+    if at.partial:
+        return "left", f"cannot be judged at {where}: {at.partial}"
     if at.client_bound:
         return "left", f"cannot be judged at {where}, since the load generator was full: {at.client_bound}"
     why = ", ".join(at.missed) or (f"{at.failed_share:.0%} failed" if at.failed_share else "it does not keep up")

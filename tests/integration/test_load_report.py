@@ -149,7 +149,12 @@ def test_what_cannot_be_compared_or_written_is_one_sentence(runs: Path) -> None:
     assert "scenario.arrivals.rate: 10" in differs.stderr
     full = command("report", runs / "good", "--html", "/proc/nowhere/report.html")
     assert full.returncode == 4
-    for failed in (differs, full):
+    nothing = command("report")
+    assert (nothing.returncode, nothing.stdout) == (2, "")
+    described = command("report", "--schema")
+    assert described.returncode == 0
+    assert "properties" in json.loads(described.stdout)["$defs"]["Result"]
+    for failed in (differs, full, nothing):
         assert failed.stderr.startswith("vitalis-load: ")
         assert failed.stderr.count("\n") == 1, failed.stderr
 

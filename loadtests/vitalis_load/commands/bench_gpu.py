@@ -20,8 +20,9 @@ from vitalis_load.scenario import Scenario
 from vitalis_load.searching import Journal, Point, Step
 from vitalis_load.serving import Serving, StartFailed
 from vitalis_load.sweeping import Bounds
-from vitalis_load.target import Target
+from vitalis_load.target import Target, alike
 
+_SEQUENCES = "engines.engine_args.max-num-seqs"
 FOLDER = Path(__file__).resolve().parents[2] / "matrix"
 
 
@@ -91,6 +92,7 @@ class _Matrix:
         self._processes, self._where, self._journal = processes, where, journal
         self._shelf = profiles.Shelf(where / "config", in_force)
         self._plain, self._program, self._tuned = program, self._shelf.program(program), tuned
+        self._in_force = in_force
         self._weights: dict[str, Any] = {}
         self._outcomes = [msgspec.convert(e["outcome"], Outcome) for e in journal.entries if "outcome" in e]
         self._note = next((str(e["weights"]) for e in journal.entries if "weights" in e), "")
@@ -146,13 +148,17 @@ class _Matrix:
         ]
         document = {"schema": "vitalis-load-matrix/1", "weights": self._note, "rows": rows, "run": run}
         whole(self._where / "matrix.json", msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
-        text = "\n\n".join([*head, gpu_matrix.table(rows)])
-        whole(self._where / "matrix.md", text.encode())
+        text = self._write_table(head)
         for shape in self._shapes:
             mine = [curve for curve in curves if curve.label.startswith(f"{shape}, ")]
             if mine:
                 given.report(mine, self._where / shape, title=f"The matrix: {shape}", evidence="\n".join(head))
         given.say(f"\n{text}\nreports: {self._where}/*/report.html; table: {self._where / 'matrix.md'}")
+
+    def _write_table(self, head: Sequence[str]) -> str:
+        text = "\n\n".join([*head, gpu_matrix.table(gpu_matrix.rows(self._cells, self._outcomes))])
+        whole(self._where / "matrix.md", text.encode())
+        return text
 
     def _with_options(self, options: str, cells: Sequence[Cell]) -> None:
         """Every cell of one engine. An engine that ends is started again for the cell after; one that ends twice in a
@@ -180,10 +186,15 @@ class _Matrix:
             except StartFailed as failure:
                 self._add(Outcome(cell=left.pop(0), problem=f"the engine did not start: {failure}"))
                 break
+            except LoadFailure as failure:
+                if failure.code in (Exit.INTERRUPTED, Exit.CANNOT_WRITE):
+                    raise
+                self._add(Outcome(cell=left.pop(0), problem=failure.message))
+                break
         for cell in left:
             self._add(Outcome(cell=cell, problem="not tried, since the engine ended before"))
 
-    def _measured(self, cell: Cell, sides: dict[str, Target]) -> Outcome:
+    def _measured(self, cell: Cell, sides: dict[str, Target], tries: int = 2) -> Outcome:
         given.say(f"{cell.options}, {cell.shape}, {cell.streams} streams, {cell.way}")
         timing = gpu_matrix.timing(self._seconds, self._before(cell))
         document = gpu_matrix.scenario(self._shapes[cell.shape], cell.streams, timing, self._deadline)
@@ -194,11 +205,13 @@ class _Matrix:
                 note=f"{cell.name}; {self._note}",
             )  # fmt: skip
         except LoadFailure as failure:
-            if failure.code not in (Exit.NO_TARGET, Exit.BAD_INPUT):
+            if failure.code in (Exit.INTERRUPTED, Exit.CANNOT_WRITE):
                 raise
             return Outcome(cell=cell, problem=failure.message)
         given.say(f"  {loads.line(point, 'users')}")
-        return Outcome(cell=cell, point=point)
+        if point.partial and tries > 1:
+            return self._measured(cell, sides, tries - 1)
+        return Outcome(cell=cell, problem=point.partial) if point.partial else Outcome(cell=cell, point=point)
 
     def _before(self, cell: Cell) -> Point | None:
         """The same with the next fewer streams."""
@@ -210,13 +223,21 @@ class _Matrix:
         return max(fewer, key=lambda outcome: outcome.cell.streams).point if fewer else None
 
     def _settings(self, options: str) -> dict[str, Any]:
-        return {**(self._tuned if options == "tuned" else {}), **self._weights, "engines.replicas": 1}
+        tuned = self._tuned if options == "tuned" else {}
+        sequences = self._in_force.value(_SEQUENCES) or self._in_force.value("engines.slots")
+        most = max(cell.streams for cell in self._cells)
+        return {
+            _SEQUENCES: sequences, **tuned, **self._weights, "engines.replicas": 1,
+            **gpu_matrix.open_gateway(most, int(tuned.get("engines.slots", 0)), self._deadline),
+        }  # fmt: skip
 
     def _add(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
         self._journal.add({"outcome": outcome})
         if outcome.problem:
             given.say(f"  {outcome.cell.name}: {outcome.problem}")
+        # What is killed where nobody looks leaves what it had until then.
+        self._write_table([self._note])
 
     def _curves(self) -> Iterator[Sweep]:
         """One for each options, shape and way, over the streams."""
@@ -239,7 +260,7 @@ def _targets(running: Serving) -> dict[str, Target]:
     gateway = running.target()
     [replica] = running.status().fleet.replicas
     direct = Target(url=replica.address, model=replica.models[0], engines=gateway.engines, gateway=False)
-    return {"direct": direct, "gateway": gateway}
+    return dict(zip(WAYS, alike(direct, gateway), strict=True))
 
 
 def _by_options(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:

@@ -48,7 +48,7 @@ def folder(out: Path | None, kind: str) -> Path:
 @contextmanager
 def kept(where: Path) -> Iterator[None]:
     """Says how to go on, whatever ended it. SIGTERM ends it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _interrupted)
+    end_in_order()
     try:
         yield
     except LoadFailure as failure:
@@ -60,6 +60,13 @@ def kept(where: Path) -> Iterator[None]:
         raise LoadFailure(
             f"interrupted; what was measured is in {where}: give --out {where} to go on", Exit.INTERRUPTED
         ) from None
+
+
+def end_in_order() -> None:
+    """SIGTERM, and a terminal that goes away (unless nohup has it ignored), end this as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _interrupted)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _interrupted)
 
 
 def report(curves: list[Sweep], where: Path, *, title: str, evidence: str = "") -> Path:

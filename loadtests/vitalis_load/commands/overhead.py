@@ -1,6 +1,7 @@
 """`vitalis-load overhead`: the same engine directly and through the gateway, in turn, in one run."""
 
 import contextlib
+import functools
 import shutil
 import subprocess
 import time
@@ -18,11 +19,12 @@ from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.overhead import Added, Overhead, Round, Way
 from vitalis_load.processes import cpu_seconds, gateway_processes
 from vitalis_load.program import REPOSITORY, Program, surroundings
+from vitalis_load.prompts import Tokenisation
 from vitalis_load.result import Sweep, whole
 from vitalis_load.scenario import Scenario
 from vitalis_load.searching import Journal
 from vitalis_load.serving import Serving, StartFailed
-from vitalis_load.target import Target
+from vitalis_load.target import Target, alike
 
 SIMULATOR = ("--preset", "sim-20b", "--max-num-seqs", "4096", "--port", "0")
 START_SECONDS = 60
@@ -62,11 +64,21 @@ def overhead(
     rounds = [msgspec.convert(entry["round"], Round) for entry in journal.entries]
     try:
         with given.kept(where), _sides(data_folder, before, where) as sides:
+            runs.learn(sides.gateway, asked, seed=seed, progress=given.within)
+            counting = runs.learn(sides.direct, asked, seed=seed, progress=given.within)
+            measure = functools.partial(
+                _round, sides, asked, where=where, counting=counting, processes=processes, scale=scale, seed=seed
+            )
             for number, (pair, way) in enumerate(compared.order(pairs)):
                 if any((each.pair, each.way) == (pair, way) for each in rounds):
                     continue
                 given.say(f"round {number + 1} of {2 * pairs}: {way}")
-                found = _round(sides, asked, pair, way, where, processes=processes, scale=scale, seed=seed)
+                found = measure(pair, way)
+                if found.partial:
+                    given.say(f"  once more, since it was partial: {found.partial}")
+                    found = measure(pair, way)
+                if found.partial:
+                    raise LoadFailure(f"a round was partial twice: {found.partial}", Exit.MISSED)
                 rounds.append(found)
                 journal.add({"round": found})
                 given.say(f"  {found.tokens_per_second:.0f} output tokens/s, {found.failed} of {found.requests} failed")
@@ -162,7 +174,7 @@ def _both(gateway: Target, status: discovery.Status) -> Sides:
         )
     [engine] = replicas
     direct = Target(url=engine.address, model=engine.models[0], engines=gateway.engines, gateway=False)
-    return Sides(direct, gateway, gateway_processes(status))
+    return Sides(*alike(direct, gateway), gateway_processes(status))
 
 
 def _python(given_: str) -> str:
@@ -200,16 +212,18 @@ def _simulated(argv: list[str], log: Path) -> Iterator[str]:
 
 
 def _round(
-    sides: Sides, asked: Scenario, pair: int, way: Way, where: Path, *, processes: int, scale: str, seed: int
-) -> Round:
+    sides: Sides, asked: Scenario, pair: int, way: Way, *, where: Path, counting: Tokenisation, processes: int,
+    scale: str, seed: int,
+) -> Round:  # fmt: skip
     target = sides.direct if way == "direct" else sides.gateway
     before, began = cpu_seconds(sides.processes), time.monotonic()
     folder = runs.run(
         target, asked, out=where / "runs", repeats=1, processes=processes, scale=scale, seed=seed + pair,
-        progress=given.within, warm=pair == 0, note=f"{way}, pair {pair + 1}",
+        progress=given.within, counting=counting, note=f"{way}, pair {pair + 1}",
     )  # fmt: skip
     cpu, lasted = cpu_seconds(sides.processes) - before, time.monotonic() - began
-    [repeat] = result.load(folder).repeats
+    made = result.load(folder)
+    [repeat] = made.repeats
     [data] = reading.read(folder).repeats
     inside = [record for record in data.records if repeat.window.holds(record.scheduled)]
     honesty = repeat.honesty
@@ -225,6 +239,7 @@ def _round(
         tpot=[value for record in inside if (value := metrics.tpot(record)) is not None],
         gateway_cpu=cpu,
         whole_seconds=lasted,
+        partial="; ".join(made.partial_reasons),
         client_bound="; ".join(honesty.reasons) if honesty.client_bound else "",
         run=folder.name,
     )

@@ -8,12 +8,14 @@ import typer
 
 from vitalis_load import result as results
 from vitalis_load import table
-from vitalis_load.errors import Exit
+from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.report import page
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder, its result.json, or a sweep's folder or sweep.json.")],
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's folder, its result.json, or a sweep's folder or sweep.json.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Where the page goes; beside the result if not given.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of result.json instead.")] = False,
 ) -> None:
@@ -21,6 +23,8 @@ def report(
     if schema:
         sys.stdout.write(results.schema())
         return
+    if run is None:
+        raise LoadFailure("name the run's folder, as in `vitalis-load report results/RUN`", Exit.BAD_INPUT)
     if (run / "sweep.json").is_file() or run.name == "sweep.json":
         sweep = results.load_sweep(run)
         target = html or (run if run.is_dir() else run.parent) / "report.html"

@@ -1,13 +1,13 @@
 """`vitalis-load run`: a scenario against a server, a table on the terminal, a report beside what was measured."""
 
 import contextlib
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vitalis_load import options, result, runs, scenario, table, tenants
+from vitalis_load.commands import given
 from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.result import Result
 
@@ -41,7 +41,7 @@ def run(
     warm: Annotated[bool, typer.Option("--warm/--no-warm", help="ask a little before the first repeat")] = True,
 ) -> None:
     """Measure a server under a scenario. Exit code 1 where an SLO was missed."""
-    signal.signal(signal.SIGTERM, _as_interrupted)
+    given.end_in_order()
     changes = options.overrides(change or [])
     changes |= {f"slo.{name}": value for name, value in options.pairs(slo or [], "--slo", "ttft_p99_ms=2000").items()}
     if seconds:
@@ -71,6 +71,8 @@ def run(
     made = show(folder)
     if not made.met:
         raise LoadFailure("an SLO was missed", Exit.MISSED)
+    if not any(repeat.summary.requests for repeat in made.repeats):
+        raise LoadFailure("no request was due in what was measured: less warm-up, or measure longer", Exit.MISSED)
     if made.partial:
         raise LoadFailure(f"the run is partial: {'; '.join(made.partial_reasons)}", Exit.MISSED)
 
@@ -84,8 +86,3 @@ def show(folder: Path) -> Result:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def _as_interrupted(_number: int, _frame: object) -> None:
-    """SIGTERM ends a run as Ctrl-C does: in order, with what was measured."""
-    raise KeyboardInterrupt

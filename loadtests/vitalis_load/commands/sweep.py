@@ -6,7 +6,7 @@ import typer
 
 from vitalis_load import loads, options, sweeping
 from vitalis_load.commands import given
-from vitalis_load.errors import Exit
+from vitalis_load.errors import Exit, LoadFailure
 from vitalis_load.searching import Journal, Point
 from vitalis_load.sweeping import Bounds
 
@@ -22,8 +22,8 @@ def sweep(
     scale: given.Scale = "full",
     change: given.Set = None,
     slo: given.SloOption = None,
-    first: Annotated[float, typer.Option(help="load to begin with; 0: a quarter of the scenario's own")] = 0,
-    least: Annotated[float, typer.Option(help="lowest load; 0: an eighth of the first")] = 0,
+    first: Annotated[float, typer.Option(min=0, help="load to begin with; 0: a quarter of the scenario's own")] = 0,
+    least: Annotated[float, typer.Option(min=0, help="lowest load; 0: an eighth of the first")] = 0,
     most: Annotated[float, typer.Option(help="highest load")] = 100_000,
     growth: Annotated[float, typer.Option(help="times the load, while it holds")] = 2.0,
     precision: Annotated[float, typer.Option(help="how near the load that fails may be to the one that holds")] = 0.1,
@@ -35,6 +35,8 @@ def sweep(
     out: given.Out = None,
 ) -> None:
     """Raise the load until the SLO is missed, find the best that holds, and draw throughput against latency."""
+    if growth <= 1:
+        raise LoadFailure(f"--growth {growth:g}: must be above 1, or the load never grows")
     asked = given.asked_scenario(scenario, scale, change, slo)
     unit = loads.unit_of(asked)
     target = options.target(

@@ -35,7 +35,7 @@ def tune(
     scale: given.Scale = "full",
     change: given.Set = None,
     slo: given.SloOption = None,
-    first: Annotated[float, typer.Option(help="load to begin with; 0: a quarter of the scenario's own")] = 0,
+    first: Annotated[float, typer.Option(min=0, help="load to begin with; 0: a quarter of the scenario's own")] = 0,
     most: Annotated[float, typer.Option(help="highest load")] = 100_000,
     precision: Annotated[float, typer.Option(help="of the load that holds")] = 0.1,
     points: Annotated[int, typer.Option(min=1, help="at most so many loads for one candidate")] = 10,

@@ -101,7 +101,8 @@ def test_sockets_between_vllms_processes_are_beside_its_own(configured):
     # a path with a UUID behind it has to fit into 107 bytes
     for length, fits in ((56, True), (57, False)):
         folder = Path("/" + "x" * (length - 1))
-        long = engine_command(settings, 0, CPU, Path("/w"), folder / "engine-00.sock", python="/p", environ={"HOME": "/"})
+        socket = folder / "engine-00.sock"
+        long = engine_command(settings, 0, CPU, Path("/w"), socket, python="/p", environ={"HOME": "/"})
         assert ("VLLM_RPC_BASE_PATH" in long.env) is fits, length
         assert (long.sockets is not None) is fits
     own = configured("cpu-tiny", ENGINES_ENGINE_ENV='{"VLLM_RPC_BASE_PATH": "/elsewhere"}')

@@ -218,6 +218,14 @@ def test_but_not_one_whose_request_was_under_way(serve: Any) -> None:
     assert asked.ask().error == "", "the next one is on a new connection"
 
 
+def test_a_failure_is_when_it_came_and_not_when_the_last_bytes_did(serve: Any) -> None:
+    asked = serve([[say(HEAD + b"\r\n" + CHUNK % b"null"), wait(0.6), reset]])
+    record = asked.ask()
+    assert record.error
+    assert record.first_token is not None
+    assert record.ended - record.first_token >= 0.55
+
+
 @pytest.mark.parametrize(
     ("acts", "error", "detail"),
     [

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from vitalis_load import result
-from vitalis_load.comparison import Comparison, compare
+from vitalis_load.comparison import Comparison, compare, load_changes
 from vitalis_load.errors import LoadFailure
 from vitalis_load.result import Result
 
@@ -84,6 +85,17 @@ def test_another_load_is_refused_and_named(base: Result, tmp_path: Path) -> None
     scale = made(tmp_path, "scale", changes={"scale": "small"})
     with pytest.raises(LoadFailure, match="scale: full against small"):
         compare(base, scale)
+
+
+@pytest.mark.parametrize(("place", "content", "same"), [("/a/t", "1", True), ("/b/t", "1", True), ("/a/t", "2", False)])
+def test_a_trace_is_what_is_in_it_wherever_it_lies(base: Result, place: str, content: str, same: bool) -> None:
+    def replayed(path: str, digest: str) -> Result:
+        asked = base.run.scenario | {"arrivals": {"kind": "trace", "path": path}}
+        asked["expected"] = {**asked.get("expected", {}), "files": {"arrivals": digest}}
+        return msgspec.structs.replace(base, run=msgspec.structs.replace(base.run, scenario=asked))
+
+    changes = [change.what for change in load_changes(replayed("/a/t", "1"), replayed(place, content))]
+    assert changes == ([] if same else ["scenario.files.arrivals"])
 
 
 def test_what_else_differs_and_what_spoils_it_is_told(base: Result, tmp_path: Path) -> None:

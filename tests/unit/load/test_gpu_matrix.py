@@ -81,3 +81,11 @@ def _point(tokens: float, ttft: float) -> Point:
     return Point(
         load=1, tokens_per_second=tokens, ttft_p50_ms=ttft, ttft_p99_ms=2 * ttft, tpot_p50_ms=10, tpot_p99_ms=20
     )
+
+
+def test_the_gateway_refuses_and_keeps_back_nothing():
+    made = gpu_matrix.open_gateway(1024, 512, 900)
+    assert made["engines.slots"] == 1024
+    assert made["gateway.queue.reserved_share"] == made["gateway.queue.overload_seconds"] == 0
+    assert made["gateway.queue.max_seconds"] == made["gateway.deadlines.first_token_seconds"] == 900
+    assert gpu_matrix.open_gateway(4, 512, 900)["engines.slots"] == 512

@@ -2,6 +2,7 @@
 
 import pytest
 from vitalis_load.overhead import Round, order, overhead, percentile
+from vitalis_load.target import Target, alike
 
 
 def one(way: str, pair: int, tokens: float, ttft_ms: float, cpu: float = 0.0, **more) -> Round:
@@ -79,3 +80,9 @@ def test_without_a_gateways_processes_there_is_no_cpu_and_without_tokens_no_rati
 def test_percentiles_are_values_that_were_seen(share, value):
     assert percentile(range(1, 101), share) == value
     assert percentile([], share) is None
+
+
+def test_both_ways_are_timed_by_the_same_clock():
+    socket, other = Target(url="unix:/run/e.sock"), Target(url="http://127.0.0.1:1")
+    assert [one.stamps for one in alike(socket, other)] == [False, False]
+    assert [one.stamps for one in alike(other, other)] == [True, True]

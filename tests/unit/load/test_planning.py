@@ -207,3 +207,13 @@ def test_the_answer_can_be_written_down_when_some_never_ended() -> None:
     hopeless = planning.measure(setting(rate=120), 1, lambda line: None)
     assert not hopeless.holds
     assert json.loads(msgspec.json.encode(hopeless))["ttft_p99_ms"] is None  # endless
+
+
+def test_an_answer_that_never_ends_is_no_good_one() -> None:
+    """Ten times what it carries, and no limit but the share of good answers."""
+    one = planning.capacity(setting())
+    found = planned(rate=10 * one, most_replicas=1, slo={"min_good_share": 0.99})
+    assert found.replicas is None
+    [only] = found.outcomes
+    assert only.missed == ["good share"]
+    assert only.good_share < 0.5

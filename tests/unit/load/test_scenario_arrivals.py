@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vitalis_load.arrivals import Constant, Poisson, due
 from vitalis_load.errors import LoadFailure
-from vitalis_load.scenario import Scenario
+from vitalis_load.scenario import Scenario, load
 from vitalis_load.shapes import Course, Ramp, Soak, Spike, Steady, Step
 
 TASK = {"name": "chat", "prompt": {"tokens": 50}, "output": 10}
@@ -186,6 +186,37 @@ def test_a_trace_is_replayed_at_its_times_with_its_lengths(tmp_path: Path) -> No
     assert [ask.wanted_tokens for ask in asks] == [10, 30, 50]
     assert [ask.prompt_tokens for ask in asks] == [pytest.approx(tokens, abs=2) for tokens in (100, 300, 500)]
     assert scenario.seconds == 3
+
+
+def test_a_trace_asks_for_what_is_in_its_window(tmp_path: Path) -> None:
+    """400 requests in the warm-up, and then two a second."""
+    moments = [*(n * 0.02 for n in range(400)), *(8 + n * 0.5 for n in range(64))]
+    path = written(
+        tmp_path / "t.jsonl",
+        *({"timestamp": at, "prompt_tokens": 9, "output_tokens": 1} for at in moments),
+    )
+    scenario = made(arrivals={"kind": "trace", "path": path}, warmup_seconds=10, cooldown_seconds=5)
+    assert scenario.mean_rate == pytest.approx(2, rel=0.05)
+    assert scenario.peak_rate == 50
+    halved = made(
+        arrivals={"kind": "trace", "path": path, "speed": 0.5}, shape={"seconds": 10}, warmup_seconds=20,
+        cooldown_seconds=5,
+    )  # fmt: skip
+    assert halved.mean_rate == pytest.approx(1, rel=0.1)
+
+
+def test_a_trace_that_ends_in_the_warm_up_is_refused(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "t.jsonl",
+        *({"timestamp": at, "prompt_tokens": 9, "output_tokens": 1} for at in range(9)),
+    )
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        f"name: s\narrivals: {{kind: trace, path: {path}}}\ntasks: [{{name: a, prompt: {{tokens: 9}}, output: 1}}]\n"
+    )
+    with pytest.raises(LoadFailure, match=r"lasts 8 s, all of it within the warm-up of 10 s.*--set warmup_seconds=0"):
+        load(file)
+    assert load(file, overrides={"warmup_seconds": "0", "cooldown_seconds": "0"}).measured_seconds == 9
 
 
 def test_a_trace_in_milliseconds_names_its_tasks_and_ends_with_the_scenario(tmp_path: Path) -> None:

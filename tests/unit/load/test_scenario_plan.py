@@ -222,6 +222,21 @@ def test_fit_finds_what_a_model_makes_of_words() -> None:
         assert ask.prompt_tokens == pytest.approx(800, rel=0.01)
 
 
+def test_each_api_has_a_frame_of_its_own() -> None:
+    """A chat's template costs 60 tokens here, completions' none, and both ask for 128."""
+    frames = {"chat": 60, "completions": 0}
+    tasks = [{"name": api, "api": api, "prompt": {"tokens": 128}} for api in frames]
+    plan = scenario(*tasks).plan(1, model="m")
+    probes = plan.probes()
+    assert [probe.api for probe in probes] == ["chat", "chat", "chat", "completions"]
+    seen: dict[str, list[tuple[int, int]]] = {}
+    for probe in probes:
+        seen.setdefault(probe.api, []).append((probe.words, frames[probe.api] + round(1.2 * probe.words)))
+    measured = prompts.fit_each(seen)
+    for ask in asks(scenario(*tasks).plan(1, model="m", tokenisation=measured), 40):
+        assert frames[ask.api] + 1.2 * ask.words == pytest.approx(128, abs=3), ask.api
+
+
 @pytest.mark.parametrize("seen", [[], [(50, 60)], [(50, 60), (50, 61)], [(50, 60), (100, 60)]])
 def test_fit_keeps_to_the_estimate_where_nothing_can_be_told(seen: list[tuple[int, int]]) -> None:
     assert prompts.fit(seen) == Tokenisation()

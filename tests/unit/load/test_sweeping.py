@@ -53,6 +53,32 @@ def test_the_highest_rate_under_the_slo_is_found_within_the_precision(slo_to, fi
     assert all(point.repeats == 1 for point in points[:-1])
 
 
+@pytest.mark.parametrize("first", [1.0, 2.0, 3.0])
+def test_a_quarter_more_of_few_users_is_one_more(first):
+    bounds = Bounds(unit="users", first=first, most=100, least=first, growth=1.25, confirm=1, points=20)
+    points = swept(bounds, lambda step: closed(step.load, capacity=1e9, slo_to=8))
+    loads = [point.load for point in points]
+    assert len(loads) == len(set(loads))
+    assert sweeping.findings(points, bounds).best.load == 8
+    assert loads[:3] == [first, first + 1, first + 2]
+
+
+def test_fewer_users_are_tried_below_two():
+    bounds = Bounds(unit="users", first=2, most=100, growth=1.25, confirm=1)
+    points = swept(bounds, lambda step: closed(step.load, capacity=1e9, slo_to=1))
+    assert [point.load for point in points] == [2, 1]
+
+
+def test_what_lost_a_process_is_measured_again_and_decides_nothing():
+    bounds = Bounds(unit="users", first=4, most=4, confirm=1)
+    broken = closed(4, capacity=1e9)
+    broken.partial = "process 1 was lost"
+    assert sweeping.next_step([broken], bounds) == Step(4)
+    assert sweeping.best([broken, broken], bounds) is None
+    assert sweeping.next_step([broken, closed(4, capacity=1e9)], bounds) is None
+    assert sweeping.best([broken, closed(4, capacity=1e9)], bounds).load == 4
+
+
 def test_the_order_is_doubling_then_halving_the_gap():
     bounds = Bounds(unit="requests/s", first=1, most=64, confirm=1)
     points = swept(bounds, lambda step: open_loop(step.load, capacity=20, slo_to=5))
