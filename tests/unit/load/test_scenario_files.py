@@ -119,7 +119,8 @@ def test_what_is_resolved_says_what_it_comes_to() -> None:
 
 
 def test_files_are_looked_for_beside_the_scenario(tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text('{"at": 0, "prompt_tokens": 5, "output_tokens": 5}\n')
+    lines = [f'{{"at": {at}, "prompt_tokens": 5, "output_tokens": 5}}\n' for at in (0, 30)]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
     text = GOOD.replace("{kind: poisson, rate: 0.5x}", "{kind: trace, path: t.jsonl}")
     assert load(file(tmp_path, text)).plan(1).arrivals()
 
