@@ -18,11 +18,11 @@ NINES = ((0.0, "0"), (0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (0.999, "p99.9")
 
 def histogram(title: str, whole: Distribution, limit: float | None) -> str:
     """Where the values lie, over a logarithmic axis, with the usual percentiles marked."""
-    drawing = Drawing(118, f"{title}: how often each duration came", left=8)
+    drawing = Drawing(128, f"{title}: how often each duration came", left=8)
     across = around(reaching(whole.values, limit), drawing.x0, drawing.x1)
     edges = [across.low * (across.high / across.low) ** (i / BARS) for i in range(BARS + 1)]
     parts = [after - before for before, after in pairwise(below(whole, edge) for edge in edges)]
-    drawing.y1 = 22
+    drawing.y1 = 32  # room for the percentiles' names, and above them for the limit's
     most = max(parts) or 1
     for (left, right), part in zip(pairwise(edges), parts, strict=True):
         if part > 0:
@@ -41,9 +41,9 @@ def histogram(title: str, whole: Distribution, limit: float | None) -> str:
     if limit is not None and across.low <= limit <= across.high:
         x = across.place(limit)
         drawing.line(x, drawing.y0, x, drawing.y1 - 18, "limit")
-        drawing.text(x - 3 if x > 200 else x + 3, drawing.y1 + 4, "SLO", "limit", "end" if x > 200 else "start")
+        drawing.text(x, drawing.y1 - 22, "SLO", "limit", "middle")
     elif limit is not None and limit > across.high:
-        drawing.text(drawing.x1, drawing.y1 + 4, f"SLO {numbers.tick(limit, 's')} →", "limit", "end")
+        drawing.text(drawing.x1, drawing.y1 - 22, f"SLO {numbers.tick(limit, 's')} →", "limit", "end")
     return str(drawing)
 
 
