@@ -140,7 +140,7 @@ def test_a_rehearsal_of_the_matrix(begun, load_python):  # noqa: F811
     assert (ours.out / "shared-prefix" / "report.html").exists()
     again = loading.command(load_python, *ours.words, cwd=ours.folder)
     assert again.returncode == 0
-    assert "0 of 2 cells to measure" in again.stdout
+    assert "0 of 4 cells to measure" in again.stdout
 
 
 def test_overhead_of_the_gateway_before_a_simulated_engine(begun):
