@@ -209,7 +209,9 @@ class ClassQueue:
     def overdue(self, now: float) -> list[Waiting]:
         """Those who wait longer than is sensible in an overload that lasts: their answers would come too late
         for anybody, and by waiting they would make everyone else's late too. Who comes when it was told to may wait
-        some times as long, and so is hardly ever sent away again: its turn is paid for by those that come new."""
+        some times as long, and so is hardly ever sent away again: its turn is paid for by those that come new. Who is
+        next, of a tenant with less than its share under way, is not sent away: where slots come free seconds apart,
+        that is a quiet tenant whose turn has come, in a queue that another one fills."""
         patience = self.limits.overload_seconds
         if not patience or not self._by_arrival or now - self._standing_since < self.limits.standing_seconds:
             return []
@@ -218,9 +220,17 @@ class ClassQueue:
             if now - waiting.arrived < patience:
                 break
             longest = PATIENCE_WITH_THE_RETURNING * patience if waiting.returns else patience
-            if not waiting.cold and now - waiting.arrived >= longest:
+            if not waiting.cold and now - waiting.arrived >= longest and not self._turn_has_come(waiting):
                 late.append(waiting)
         return late
+
+    def _turn_has_come(self, waiting: Waiting) -> bool:
+        account = self.accounts[waiting.demand.tenant]
+        line = account.lines[waiting.demand.model]
+        if self._lanes[waiting.demand.model][0][1] is not line or next(iter(line.waiters.values())) is not waiting:
+            return False
+        under_way = sum(other.running for other in self.accounts.values())
+        return account.running * self._active < under_way * account.weight
 
     # -- bounds
 

@@ -652,3 +652,26 @@ def test_a_queue_full_of_others_who_wait_elsewhere_is_in_nobodys_way(class_: str
     with pytest.raises(ServeError) as refused:
         made.enter(ask("late", model="n", class_=class_), 0.0)
     assert refused.value.code == "queue_full"
+
+
+def test_a_quiet_tenant_whose_turn_is_next_is_not_sent_away_for_a_queue_that_another_fills() -> None:
+    made = admission(replica(), overload=1.0, queue=8)
+    entered(made, "running", tenant="noisy")
+    for number in range(4):
+        queued(made, f"noisy-{number}", tenant="noisy")
+    queued(made, "quiet-0", now=1.0, tenant="quiet")
+    queued(made, "quiet-1", now=1.0, tenant="quiet")
+    assert made.expired(2.5) == ["noisy-0", "noisy-1", "noisy-2", "noisy-3", "quiet-1"]
+    assert made.expired(20.0) == [], "nor later, when nobody else waits"
+    assert names(made.leave("running", 25.0)) == ["quiet-0"]
+    # who has its share under way waits no longer than others
+    queued(made, "quiet-2", now=26.0, tenant="quiet")
+    assert made.expired(29.0) == ["quiet-2"]
+
+
+def test_a_quiet_tenant_waits_no_longer_than_its_class_does() -> None:
+    made = admission(replica(), overload=1.0)
+    entered(made, "running", tenant="noisy")
+    queued(made, "quiet", tenant="quiet")
+    assert made.expired(29.0) == []
+    assert made.expired(30.0) == ["quiet"]
