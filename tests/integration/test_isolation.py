@@ -248,11 +248,12 @@ def crowd(site: Site) -> Iterator[list[Wire]]:
     site.serve(ready("engine-0", site.engines.slow.address, MODEL, slots=1))
     wires = [gateway.start_stream(site.workers[0], question(site, "b", stream=True, tokens=ENDLESS))[0]]
     try:
-        for worker in site.workers:
-            before = worker.in_flight()["count"]
+        for worker, streams in zip(site.workers, (1, 0), strict=True):
+            # what was asked before may still be ending
+            wait_until(lambda w=worker, n=streams: w.in_flight()["count"] == n, SECONDS, "it rests")  # type: ignore[misc]
             wires.append(client.connect(worker.url))
             wires[-1].send(question(site, "b"))
-            wait_until(lambda w=worker, n=before: w.in_flight()["count"] > n, SECONDS, "it waits")  # type: ignore[misc]
+            wait_until(lambda w=worker, n=streams: w.in_flight()["count"] > n, SECONDS, "it waits")  # type: ignore[misc]
         yield wires
     finally:
         for wire in wires:

@@ -255,12 +255,12 @@ class Stack:
         return made
 
     def metrics(self) -> dict[str, float]:
-        """Control's /metrics, once it listens: a test before may have killed it."""
-        control = self.status()["control"]
+        """Control's /metrics, once it listens: a test before may have killed it, and it comes back at another port."""
         token = (self.data / "control.token").read_text().strip()
         asked = client.get("/metrics", {"authorization": f"Bearer {token}"})
 
         def ask() -> Any:
+            control = self.status()["control"]
             with contextlib.suppress(ConnectionRefusedError):
                 return client.ask(f"http://{control['host']}:{control['port']}", asked, 30)
             return None
