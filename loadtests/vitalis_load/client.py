@@ -108,7 +108,7 @@ class Connection:
         tls: ssl.SSLContext | None = None,
         connect_seconds: float = 10.0,
         wakes: Wakes | None = None,
-        stamps: bool = True,
+        stamped: bool = True,
     ) -> None:
         self.address = address
         self._wakes = wakes
@@ -122,7 +122,7 @@ class Connection:
         if parts.scheme == "https" and tls is None:
             self._tls = ssl.create_default_context()
         self._socket: socket.socket | None = None
-        self._ask_for_stamps = stamps
+        self._ask_for_stamps = stamped
         self._stamped = False
         self._abandoned = False
 

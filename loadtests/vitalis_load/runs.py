@@ -50,9 +50,8 @@ def run(
     progress(f"scenario {scenario.name} ({scale}): {repeats} x {scenario.seconds:.0f} s against {target.url}")
     target = preflight.watched(preflight.check(target, scenario, progress), progress)
     resolved = scenario.resolved()
-    plan = scenario.plan(seed, salt=f"warm-up-{time.time_ns():x}", model=target.model)
     if counting is None:
-        counting = preflight.warm(target, scenario, plan, progress) if warm else plan.tokenisation
+        counting = _count(target, scenario, seed, progress) if warm else Tokenisation()
     order = Order(
         scenario=resolved, target=target, seed=seed, salt="", per_word=counting.per_word, overhead=counting.overhead,
         frames=dict(counting.frames),
@@ -79,7 +78,10 @@ def run(
 
 def learn(target: Target, scenario: Scenario, *, seed: int, progress: Callable[[str], None]) -> Tokenisation:
     """What `run` would ask before it measures, for several runs that shall ask the same. Raises LoadFailure."""
-    target = preflight.check(target, scenario, progress)
+    return _count(preflight.check(target, scenario, progress), scenario, seed, progress)
+
+
+def _count(target: Target, scenario: Scenario, seed: int, progress: Callable[[str], None]) -> Tokenisation:
     plan = scenario.plan(seed, salt=f"warm-up-{time.time_ns():x}", model=target.model)
     return preflight.warm(target, scenario, plan, progress)
 

@@ -83,7 +83,7 @@ class Session:
             self._own.spawn(self._arrive, made)
 
     def connection(self) -> client.Connection:
-        return client.Connection(self._address, wakes=wakes.of_this_process(), stamps=self._target.stamps)
+        return client.Connection(self._address, wakes=wakes.of_this_process(), stamped=self._target.stamps)
 
     def user_number(self) -> int:
         """Of one more closed user, over all processes."""

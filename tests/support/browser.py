@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.support.missing import missing
 
 COMMANDS = ("chromium", "chromium-browser", "google-chrome")
 SECONDS = 60.0
@@ -135,10 +135,7 @@ def started() -> Iterator[Chromium]:
     """A browser of its own, with a profile of its own, for as long as the block."""
     command = next((found for name in COMMANDS if (found := shutil.which(name))), None)
     if command is None:
-        reason = f"none of {', '.join(COMMANDS)} is installed, so that no page was looked at"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing(f"none of {', '.join(COMMANDS)} is installed, so that no page was looked at")
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
     with tempfile.TemporaryDirectory(prefix="vitalis-browser-", ignore_cleanup_errors=True) as profile:

@@ -25,6 +25,8 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 
+from tests.support.missing import missing
+
 SECONDS = 60
 SETTINGS = {
     "listen_addresses": "",
@@ -195,10 +197,7 @@ def postgres() -> Iterator[Postgres]:
     """The session's server. Whoever stops it starts it again."""
     programs = binaries()
     if programs is None:
-        reason = "PostgreSQL is not installed (no initdb in /usr/lib/postgresql/*/bin or on PATH)"
-        if os.environ.get("CI"):
-            pytest.fail(f"{reason}: apt-get install postgresql")
-        pytest.skip(reason)
+        missing("no initdb in /usr/lib/postgresql/*/bin or on PATH: apt-get install postgresql")
     server = Postgres(programs)
     try:
         yield server
